@@ -1,0 +1,55 @@
+"""fxopt prepares a Hugging Face causal LM for training: precision, graph rewrites, and a report of both.
+
+Importing this package is light: a public name is loaded from its module when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxopt.api import inspect, optimize, optimizer, report, restore, verify
+    from fxopt.precision.annotate import annotate
+    from fxopt.precision.policy import Policy, PolicyError, Precision, policies
+
+__version__ = "0.1.0"
+
+_MODULE_OF_NAME = {
+    "inspect": "fxopt.api",
+    "optimize": "fxopt.api",
+    "optimizer": "fxopt.api",
+    "report": "fxopt.api",
+    "restore": "fxopt.api",
+    "verify": "fxopt.api",
+    "annotate": "fxopt.precision.annotate",
+    "Policy": "fxopt.precision.policy",
+    "PolicyError": "fxopt.precision.policy",
+    "Precision": "fxopt.precision.policy",
+    "policies": "fxopt.precision.policy",
+}
+
+__all__ = [
+    "Policy",
+    "PolicyError",
+    "Precision",
+    "annotate",
+    "inspect",
+    "optimize",
+    "optimizer",
+    "policies",
+    "report",
+    "restore",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF_NAME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fxopt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,108 @@
+"""The front door: every public function, read in one go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from fxopt.capture import Backend, OptimizedForward, Settings
+from fxopt.inspection.diff import GraphDiff
+from fxopt.precision.annotate import annotate
+from fxopt.precision.optimizer import AdamW
+from fxopt.precision.optimizer import optimizer as _optimizer
+from fxopt.precision.policy import Policy, resolve
+from fxopt.rewrite.pipeline import Pipeline
+from fxopt.rewrite.report import Report
+from fxopt.verification import Verification
+from fxopt.verification import verify as _verify
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def optimize(
+    model: ModelT,
+    policy: str | Policy = "bf16",
+    *,
+    backend: Backend = "auto",
+    pipeline: Pipeline | None = None,
+    prove: bool = True,
+) -> ModelT:
+    """Prepare `model` for training, in place, and return it.
+
+    Its parameters are stored as `policy` says, and calls with `labels` run through graphs that `pipeline` has
+    rewritten. Everything else, generation, saving, copying, the training loop, stays as it was; so does the result
+    of a call, except that it holds no key-value cache and computes its logits when they are first read. Calling it
+    again, with another policy or other options, starts over from the model's original forward.
+
+    Args:
+        policy: the name of a preset (`fxopt.policies()`) or a `Policy`.
+        backend: what runs the rewritten graph. "eager" runs it node by node; "inductor" compiles it further (slow
+            to start, needs a C++ compiler on a CPU); "auto" chooses.
+        pipeline: the passes to run; `fxopt.passes.pipelines.EXACT` if None.
+        prove: whether each rewrite is checked against the code that it replaces.
+
+    Raises:
+        TypeError: `model` is not a module.
+        PolicyError: the policy is unknown, or cannot be applied to a parameter of this model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fxopt.optimize takes a torch.nn.Module, not {type(model).__name__}; load the model first")
+    chosen = resolve(policy)
+    settings = Settings(chosen.name, backend, pipeline, prove)
+    annotate(model, chosen)
+    restore(model)
+    model.forward = OptimizedForward(model, settings, replaced=model.__dict__.get("forward"))
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Give `model` its original forward back, in place. Its parameters keep the policy's dtypes."""
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, OptimizedForward):
+        del model.__dict__["forward"]
+        if forward.replaced is not None:
+            model.forward = forward.replaced
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What optimizing `model` did so far. Graphs are captured by the first training call.
+
+    Raises ValueError if the model is not optimized.
+    """
+    return _optimized_forward(model).report
+
+
+def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
+    """Loss and every gradient of an optimized model on `batch`, against its original forward and against float32.
+
+    The model's parameters, gradients and random state are as before when this returns.
+    """
+    return _verify(model, _optimized_forward(model), batch)
+
+
+def inspect(model: nn.Module) -> GraphDiff:
+    """The graphs of an optimized model before and after the passes, as data that can be printed and saved.
+
+    Raises ValueError if the model is not optimized, or has not run a training call yet.
+    """
+    return GraphDiff.of(report(model))
+
+
+def optimizer(model: nn.Module, lr: float | torch.Tensor = 1e-3, **options: Any) -> AdamW:
+    """The optimizer that the model's policy asks for; see `fxopt.precision.optimizer.optimizer`."""
+    return _optimizer(model, lr, **options)
+
+
+def _optimized_forward(model: nn.Module) -> OptimizedForward:
+    """The optimized forward of `model`, or of the one model that it wraps (PEFT, DDP, …)."""
+    found = [m.__dict__["forward"] for m in model.modules() if isinstance(m.__dict__.get("forward"), OptimizedForward)]
+    if not found:
+        name = type(model).__name__
+        raise ValueError(f"this {name} is not optimized; call fxopt.optimize(model) first")
+    return found[0]

@@ -1,0 +1,1 @@
+"""Precision: what each parameter is stored, computed and updated in."""

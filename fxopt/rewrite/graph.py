@@ -1,0 +1,129 @@
+"""A small vocabulary for FX graphs: what a node computes, where it comes from, how to walk and grow a graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+MUTATING_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+)
+# A node whose only effect is on autograd's mode: everything after it runs in another mode.
+GRAD_MODE_SWITCHES = frozenset({torch._C._set_grad_enabled})
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in `dtype`; the one spelling of a dtype conversion in a canonical graph."""
+    return x.to(dtype)
+
+
+def value_of(node: Any) -> Any:
+    """The fake value (tensor, SymInt, tuple, …) that a node stands for; a literal stands for itself."""
+    if not isinstance(node, fx.Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """The shape of the tensor a node yields (dynamic sizes are SymInts), `()` where it is not a tensor."""
+    value = tensor_of(node)
+    return tuple(value.shape) if value is not None else ()
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of the tensor a node yields, None where it is not a tensor."""
+    value = tensor_of(node)
+    return value.dtype if value is not None else None
+
+
+def requires_grad(node: Any) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.requires_grad
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether a node writes into one of its inputs."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target in MUTATING_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace") is True:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = getattr(node.target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether two runs of the node may differ."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return any(word in name for word in ("rand", "dropout", "bernoulli", "multinomial", "normal_", "exponential"))
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:line: code` of the innermost line of model source that a node comes from, or ''."""
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].startswith('File "'):
+            path, line = lines[index].split('"')[1], lines[index].split("line ")[1].split(",")[0]
+            code = lines[index + 1] if index + 1 < len(lines) else ""
+            return f"{path.rsplit('/', 1)[-1]}:{line}: {code}"
+    return ""
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module whose forward a node belongs to, such as `model.layers.3.mlp`, or ''."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    for noise in ("L['model']", "L['self']", "_modules", "['", "']"):
+        path = path.replace(noise, "." if noise == "['" else "")
+    return ".".join(part for part in path.split(".") if part)
+
+
+def graph_modules(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """`root` and every graph inside it: bodies of activation checkpointing, nested compile regions."""
+    for module in root.modules():
+        if isinstance(module, fx.GraphModule):
+            yield module
+
+
+def fill_in_values(nodes: list[fx.Node], like: fx.Node) -> None:
+    """Give new nodes what Dynamo's nodes carry: fake values, and the source that `like` comes from."""
+    fake = next((value.fake_mode for value in _fake_tensors(nodes, like)), None)
+    for node in nodes:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in like.meta:
+                node.meta.setdefault(key, like.meta[key])
+        if not node.op.startswith("call") or fake is None:
+            continue
+        args = fx.map_arg(node.args, value_of)
+        kwargs = fx.map_arg(node.kwargs, value_of)
+        with fake:
+            node.meta["example_value"] = call_target(node)(*args, **kwargs)
+
+
+def call_target(node: fx.Node) -> Callable[..., Any]:
+    """The callable that a `call_function` or `call_method` node runs."""
+    if node.op == "call_method":
+        return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
+    assert callable(node.target), node.format_node()
+    return node.target
+
+
+def _fake_tensors(nodes: list[fx.Node], like: fx.Node) -> Iterator[Any]:
+    for node in (like, *(source for new in nodes for source in new.all_input_nodes)):
+        value = tensor_of(node)
+        if value is not None and hasattr(value, "fake_mode"):
+            yield value

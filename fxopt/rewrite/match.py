@@ -1,0 +1,283 @@
+"""Rules, and the matcher that finds where they apply.
+
+A rule's pattern is code as people write it in modelling files. It is traced once, brought into the canonical
+spelling (`spelling.py`) and compared with the graph, backwards from the pattern's last result:
+
+* a parameter of the pattern binds to whatever stands in its place, a node or a literal, the same one each time;
+* everything else must be equal; operands of `+` and `*` may be swapped;
+* inner nodes of a match must have no users outside it, since the match replaces them.
+
+A mismatch has a reason. Where a rule nearly matched, the deepest reason that was met goes into the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxopt.rewrite.graph import is_mutating, source_line
+from fxopt.rewrite.spelling import arguments_of, spell_out
+from fxopt.rewrite.trace import as_tuple, ops_called_by, trace
+
+COMMUTATIVE = frozenset({operator.add, operator.mul})
+
+
+class Declined(Exception):
+    """A rule's `check` does not want this match; the message is the reason."""
+
+
+def require(condition: bool, reason: str) -> None:
+    """Decline the match, for `reason`, unless `condition` holds. `reason` says what is the case, not what should be."""
+    if not condition:
+        raise Declined(reason)
+
+
+class Rule:
+    """What is rewritten, and to what.
+
+    Subclasses define three static methods, whose parameters are the names that `pattern` binds:
+
+    * `pattern(x, weight, …)`: the code to find, returning its result. Where it returns a tuple, the last element
+      is what the search starts from, and the elements before it are inner results that may be used elsewhere.
+    * `rewrite(x, weight, …)`: the replacement, returning as much as `pattern`. Every plain function that it calls
+      by a global name is put into the graph as one node.
+    * `check(x, weight, …)`: calls `require` for what the pattern cannot say. Optional; takes any of the names.
+
+    `examples(x, weight, …)` may return `{name: function(shape, dtype, generator) -> tensor}` for inputs that the
+    proof must not fill with normally distributed numbers.
+    """
+
+    pattern: ClassVar[Callable[..., Any]]
+    rewrite: ClassVar[Callable[..., Any]]
+
+    @staticmethod
+    def check() -> None:
+        """By default, a rule takes every match."""
+
+    @staticmethod
+    def examples() -> dict[str, Callable[..., torch.Tensor]]:
+        """By default, the proof runs on normally distributed numbers."""
+        return {}
+
+    def __init_subclass__(cls) -> None:
+        for name in ("pattern", "rewrite"):
+            if not callable(getattr(cls, name, None)):
+                raise TypeError(f"rule {cls.__name__} has no `{name}`; see fxopt.rewrite.match.Rule")
+
+    @classmethod
+    def op_name(cls) -> str:
+        """The op that the rewrite puts into the graph: the last function that `rewrite` calls by a global name."""
+        return ops_called_by(cls.rewrite)[-1].__name__
+
+
+def call_with(function: Callable[..., Any], bindings: dict[str, Any]) -> Any:
+    """Call `function` with those of `bindings` that it has parameters for."""
+    return function(**{name: bindings[name] for name in inspect.signature(function).parameters})
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a rule applies: what its names are bound to, and the nodes it replaces."""
+
+    rule: type[Rule]
+    bindings: dict[str, Any]
+    nodes: tuple[fx.Node, ...]  # in graph order, results included
+    results: tuple[fx.Node, ...]  # in the order of the pattern's return; the last is the anchor
+
+    @property
+    def anchor(self) -> fx.Node:
+        return self.results[-1]
+
+    def after(self, successors: dict[fx.Node, fx.Node]) -> Match:
+        """This match in a graph where other matches' results have been replaced by their successors."""
+        bindings = {
+            name: successors.get(value, value) if isinstance(value, fx.Node) else value
+            for name, value in self.bindings.items()
+        }
+        return replace(self, bindings=bindings)
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place where a rule matched more than half of its pattern, and why not all of it."""
+
+    rule: str
+    node: str
+    source: str
+    reason: str
+    anchor: fx.Node = field(repr=False, compare=False)
+
+
+class _Pattern:
+    """A rule's pattern as a canonical graph."""
+
+    def __init__(self, rule: type[Rule]):
+        self.names = list(inspect.signature(rule.pattern).parameters)
+        # Functions of the rule's own module are written out; imported ones, fxopt's ops, are single nodes.
+        imported = [op for op in ops_called_by(rule.pattern) if op.__module__ != rule.pattern.__module__]
+        graph, returned = trace(rule.pattern, imported, {})
+        self.results: tuple[fx.Node, ...] = tuple(result.node for result in as_tuple(returned))
+        graph.output(self.results)
+        spell_out(graph)
+        self.num_nodes = sum(node.op.startswith("call") for node in graph.nodes)
+
+
+@functools.cache
+def _pattern_of(rule: type[Rule]) -> _Pattern:
+    return _Pattern(rule)
+
+
+@dataclass(frozen=True)
+class _State:
+    """How far a comparison has come: pattern nodes to graph nodes, names to what they are bound to."""
+
+    nodes: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    names: dict[str, Any] = field(default_factory=dict)
+
+    def with_node(self, pattern: fx.Node, node: fx.Node) -> _State:
+        return _State({**self.nodes, pattern: node}, self.names)
+
+    def with_name(self, name: str, value: Any) -> _State:
+        return _State(self.nodes, {**self.names, name: value})
+
+
+class _Comparison:
+    """Compares one pattern with the graph at one node, and remembers the deepest mismatch."""
+
+    def __init__(self) -> None:
+        self.depth = -1
+        self.reason = ""
+
+    def fail(self, state: _State, reason: str) -> None:
+        if len(state.nodes) > self.depth:
+            self.depth, self.reason = len(state.nodes), reason
+
+    def compare(self, pattern: Any, value: Any, state: _State) -> Iterator[_State]:
+        """Every way to go on from `state` such that `pattern` matches `value`."""
+        if isinstance(pattern, fx.Node):
+            yield from self._compare_node(pattern, value, state)
+        elif isinstance(pattern, tuple | list):
+            if not isinstance(value, tuple | list) or len(pattern) != len(value):
+                self.fail(state, f"{value} stands where the pattern has {pattern}")
+                return
+            yield from self._compare_all(list(pattern), list(value), state)
+        elif isinstance(pattern, slice):
+            if not isinstance(value, slice):
+                self.fail(state, f"{value} stands where the pattern has a slice")
+                return
+            ends = [(s.start, s.stop, s.step) for s in (pattern, value)]
+            yield from self._compare_all(list(ends[0]), list(ends[1]), state)
+        elif type(pattern) is type(value) and pattern == value:
+            yield state
+        else:
+            self.fail(state, f"{value} stands where the pattern has {pattern}")
+
+    def _compare_all(self, patterns: list[Any], values: list[Any], state: _State) -> Iterator[_State]:
+        if not patterns:
+            yield state
+            return
+        for following in self.compare(patterns[0], values[0], state):
+            yield from self._compare_all(patterns[1:], values[1:], following)
+
+    def _compare_node(self, pattern: fx.Node, value: Any, state: _State) -> Iterator[_State]:
+        if pattern.op == "placeholder":
+            name = str(pattern.target)
+            if name not in state.names:
+                yield state.with_name(name, value)
+            elif state.names[name] is value or (not isinstance(value, fx.Node) and state.names[name] == value):
+                yield state
+            else:
+                self.fail(state, f"`{name}` is {state.names[name]} in one place and {value} in another")
+            return
+        if pattern in state.nodes:
+            if state.nodes[pattern] is value:
+                yield state
+            else:
+                self.fail(state, f"{value} stands where {state.nodes[pattern]} is used again")
+            return
+        if not isinstance(value, fx.Node) or (pattern.op, pattern.target) != (value.op, value.target):
+            self.fail(state, f"{describe(value)} stands where the pattern has `{target_name(pattern)}`")
+            return
+        state = state.with_node(pattern, value)
+        wanted, given = arguments_of(pattern), arguments_of(value)
+        if set(wanted) != set(given):
+            self.fail(state, f"`{target_name(value)}` is called with other arguments than in the pattern")
+            return
+        patterns, values = list(wanted.values()), [given[name] for name in wanted]
+        yield from self._compare_all(patterns, values, state)
+        if pattern.target in COMMUTATIVE and len(values) == 2:
+            yield from self._compare_all(patterns, values[::-1], state)
+
+
+def target_name(node: fx.Node) -> str:
+    return str(node.target) if not callable(node.target) else getattr(node.target, "__name__", str(node.target))
+
+
+def describe(value: Any) -> str:
+    return f"`{target_name(value)}` ({value.name})" if isinstance(value, fx.Node) else repr(value)
+
+
+def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[NearMiss]]:
+    """All places in `graph` where `rule` applies, none overlapping another, and where it nearly does."""
+    pattern = _pattern_of(rule)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    matches: list[Match] = []
+    near_misses: list[NearMiss] = []
+    taken: set[fx.Node] = set()
+    anchor_pattern = pattern.results[-1]
+    for node in graph.nodes:
+        if (node.op, node.target) != (anchor_pattern.op, anchor_pattern.target):
+            continue
+        comparison = _Comparison()
+        for state in comparison.compare(anchor_pattern, node, _State()):
+            match = _match_of(rule, pattern, state, order)
+            reason = _objection(match, taken)
+            if reason is None:
+                matches.append(match)
+                taken.update(match.nodes)
+                break
+            comparison.fail(state, reason)
+        else:
+            if 2 * comparison.depth > pattern.num_nodes:
+                near_misses.append(
+                    NearMiss(rule.__name__, node.name, source_line(node), comparison.reason, anchor=node)
+                )
+    return matches, near_misses
+
+
+def _match_of(rule: type[Rule], pattern: _Pattern, state: _State, order: dict[fx.Node, int]) -> Match:
+    nodes = tuple(sorted(set(state.nodes.values()), key=order.__getitem__))
+    results = tuple(state.nodes[result] for result in pattern.results)
+    return Match(rule, {name: state.names.get(name) for name in pattern.names}, nodes, results)
+
+
+def _objection(match: Match, taken: set[fx.Node]) -> str | None:
+    """Why a structural match is not one after all, or None."""
+    inside = set(match.nodes)
+    for node in match.nodes:
+        if node in taken:
+            return f"`{node.name}` is already part of another match"
+        outside = [user.name for user in node.users if user not in inside]
+        if node not in match.results and outside:
+            return f"`{node.name}`, inside the pattern, is also used by `{outside[0]}`"
+    first_result = min(match.results)
+    for name, value in match.bindings.items():
+        if isinstance(value, fx.Node) and not value < first_result:
+            return f"`{name}` is computed after `{first_result.name}`, which is needed before"
+    between = match.nodes[0]
+    while between is not match.anchor:
+        if is_mutating(between):
+            return f"`{between.name}` writes in place between the pattern's nodes"
+        between = between.next
+    try:
+        call_with(match.rule.check, match.bindings)
+    except Declined as declined:
+        return str(declined)
+    return None

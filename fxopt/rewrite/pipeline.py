@@ -1,0 +1,155 @@
+"""Passes, the pipeline that runs them in order, and the report of what they did.
+
+The pipeline is the only place that lints, recompiles, times and records; a pass only changes graphs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from fxopt.rewrite.graph import graph_modules, module_path, source_line
+from fxopt.rewrite.match import NearMiss, Rule, find_matches
+from fxopt.rewrite.prove import Proof, Prover
+from fxopt.rewrite.replace import put_in_place, rewrite_of
+
+
+@dataclass(frozen=True)
+class Change:
+    """One rewrite that landed: the rule, the op it put in, how many nodes it replaced, and where they came from."""
+
+    rule: str
+    op: str
+    nodes_replaced: int
+    source: str
+    module: str
+    proof: Proof | None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A match whose proof failed: the graph keeps what it had."""
+
+    rule: str
+    source: str
+    module: str
+    proof: Proof
+
+    @property
+    def reason(self) -> str:
+        return self.proof.reason
+
+
+@dataclass
+class Outcome:
+    """What a pass did to one graph."""
+
+    changes: list[Change] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+    def extend(self, other: Outcome) -> None:
+        self.changes += other.changes
+        self.near_misses += other.near_misses
+        self.refused += other.refused
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named change to a graph.
+
+    `exact` says that every result stays at least as accurate as it was. `run(graph, prover)` changes the graph in
+    place and tells what it did; `prover` is None where the user asked for no proofs.
+    """
+
+    name: str
+    exact: bool
+    run: Callable[[fx.Graph, Prover | None], Outcome]
+
+
+def rules_pass(name: str, *rules: type[Rule], exact: bool = True) -> Pass:
+    """A pass that applies `rules` wherever they match, the first that matches a place winning."""
+
+    def run(graph: fx.Graph, prover: Prover | None) -> Outcome:
+        outcome = Outcome()
+        for rule in rules:
+            outcome.extend(_apply_rule(graph, rule, prover))
+        return outcome
+
+    return Pass(name, exact, run)
+
+
+def simple_pass(name: str, change: Callable[[fx.Graph], Iterable[Change] | None], exact: bool = True) -> Pass:
+    """A pass that needs no rule: `change(graph)` edits the graph and may return what it did."""
+    return Pass(name, exact, lambda graph, prover: Outcome(changes=list(change(graph) or [])))
+
+
+def _apply_rule(graph: fx.Graph, rule: type[Rule], prover: Prover | None) -> Outcome:
+    matches, near_misses = find_matches(graph, rule)
+    outcome = Outcome(near_misses=near_misses)
+    successors: dict[fx.Node, fx.Node] = {}
+    for match in matches:
+        rewrite = rewrite_of(match.after(successors))
+        source, module = source_line(match.anchor), module_path(match.anchor)
+        proof = prover.prove(rewrite) if prover else None
+        if proof is not None and not proof.holds:
+            outcome.refused.append(Refused(rule.__name__, source, module, proof))
+            continue
+        successors |= put_in_place(rewrite)
+        outcome.changes.append(Change(rule.__name__, rule.op_name(), len(match.nodes), source, module, proof))
+    return outcome
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one captured graph, its sub-graphs included."""
+
+    name: str
+    elapsed_ms: float
+    num_nodes_before: int
+    num_nodes_after: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order. Running a pipeline twice changes nothing the second time."""
+
+    passes: tuple[Pass, ...]
+
+    def run(self, module: fx.GraphModule, prover: Prover | None) -> list[PassRecord]:
+        """Run every pass over `module` and the graphs inside it, in place."""
+        records = [self._run_pass(step, module, prover) for step in self.passes]
+        for inner in graph_modules(module):
+            inner.graph.lint()
+            inner.recompile()
+        return records
+
+    def with_rules(self, *rules: type[Rule]) -> Pipeline:
+        """This pipeline with a pass for `rules` put before its last pass, the clean-up."""
+        step = rules_pass("user_rules", *rules)
+        return replace(self, passes=(*self.passes[:-1], step, self.passes[-1]))
+
+    def without(self, *names: str) -> Pipeline:
+        """This pipeline without the passes of those names; ValueError for a name that it does not have."""
+        known = [step.name for step in self.passes]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"the pipeline has no pass {name!r}; it has {', '.join(known)}")
+        return replace(self, passes=tuple(step for step in self.passes if step.name not in names))
+
+    @staticmethod
+    def _run_pass(step: Pass, module: fx.GraphModule, prover: Prover | None) -> PassRecord:
+        start, before = time.perf_counter(), _num_nodes(module)
+        outcome = Outcome()
+        for inner in graph_modules(module):
+            outcome.extend(step.run(inner.graph, prover))
+        elapsed_ms = 1e3 * (time.perf_counter() - start)
+        return PassRecord(step.name, elapsed_ms, before, _num_nodes(module), outcome)
+
+
+def _num_nodes(module: fx.GraphModule) -> int:
+    return sum(len(inner.graph.nodes) for inner in graph_modules(module))

@@ -1,0 +1,269 @@
+"""The proof of a rewrite: what stands in the graph and what shall replace it, run on the same small inputs.
+
+Two things are shown, each for every result and for the gradient of every input that needs one:
+
+1. *They are the same function.* In float64, with every floating dtype in both graphs widened to float64, they
+   agree to a few roundings of float64. A wrong epsilon, scale, sign, shift or a dropped term does not pass.
+2. *The replacement is at least as accurate.* In the graph's own dtypes its error against that float64 result is at
+   most 1.1 times the original's, plus one rounding of the result's dtype.
+
+Inputs are random at several magnitudes, among them zeros. Sizes that are dynamic in the graph are small here, and
+large static sizes (a vocabulary) are cut in both graphs alike, so that a proof takes milliseconds and no memory.
+Equal pairs of subgraphs are proven once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from fxopt.rewrite.graph import requires_grad, value_of
+from fxopt.rewrite.match import call_with
+from fxopt.rewrite.replace import Rewrite
+
+SLACK = 1.1  # how much larger than the original's error the replacement's may be
+FLOAT64_TOLERANCE = 1e-11  # relative to the largest element; thousands of float64 roundings, no formula's error
+MAGNITUDES = (1.0, 1e-2, 30.0, 0.0)
+TINY = 1e-30  # where everything is smaller than this, errors are not relative any more
+SMALL_SIZES = (3, 5, 7, 11, 13)  # for dynamic sizes: distinct, so that a mixed-up axis shows
+MOST_ELEMENTS = 200_000  # of one input; beyond it, static sizes are cut
+SEED = 20_261_124
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The outcome of a proof: whether it holds, the reason if not, and the largest errors that were met.
+
+    Errors are absolute, against float64, in units of one rounding of the result's largest element.
+    """
+
+    holds: bool
+    reason: str
+    original_error: float
+    replacement_error: float
+    num_inputs: int
+
+
+@dataclass
+class Prover:
+    """Proves rewrites, each distinct one once."""
+
+    known: dict[str, Proof] = field(default_factory=dict)
+
+    def prove(self, rewrite: Rewrite) -> Proof:
+        key = _key(rewrite)
+        if key not in self.known:
+            with _isolated():
+                self.known[key] = _prove(rewrite)
+        return self.known[key]
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Real tensors and gradients, whatever mode the compiler is in."""
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _key(rewrite: Rewrite) -> str:
+    inputs = [
+        (name, str(getattr(value, "dtype", type(value))), [str(size) for size in getattr(value, "shape", ())])
+        + (requires_grad(node),)
+        for name, node in rewrite.inputs.items()
+        for value in [value_of(node)]
+    ]
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return f"{_text(rewrite.original)}\n{_text(rewrite.replacement)}\n{inputs}\n{autocast}"
+
+
+def _text(graph: fx.Graph) -> str:
+    """A graph with its nodes numbered, so that equal graphs have equal texts."""
+    number = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    return "\n".join(
+        f"{number[node]} = {node.op} {node.target} {fx.map_arg((node.args, node.kwargs), number.__getitem__)}"
+        for node in graph.nodes
+    )
+
+
+def _prove(rewrite: Rewrite) -> Proof:
+    failures: list[str] = []
+    for cut in (True, False):
+        try:
+            return _prove_at(rewrite, _Sizes(rewrite, cut))
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    return Proof(False, f"could not be run on sample inputs: {failures[-1]}", math.nan, math.nan, 0)
+
+
+class _Sizes:
+    """Small sizes for the dynamic and the very large sizes of a rewrite's inputs, the same in both graphs."""
+
+    def __init__(self, rewrite: Rewrite, cut: bool):
+        hints = {
+            symbol: int(_hints(size.node.shape_env)[symbol])
+            for node in rewrite.inputs.values()
+            for size in [*getattr(value_of(node), "shape", ()), value_of(node)]
+            if isinstance(size, torch.SymInt)
+            for symbol in size.node.expr.free_symbols
+        }
+        # Symbols that were captured with one value may have to be equal, as the lengths of inputs and labels are.
+        ordered = sorted(set(hints.values()))
+        self.symbols = {s: SMALL_SIZES[ordered.index(hint) % len(SMALL_SIZES)] for s, hint in hints.items()}
+        self.static: dict[int, int] = {}
+        while cut and (largest := self._size_to_cut(rewrite)):
+            self.static[largest] = 32 + largest % 31
+
+    def _size_to_cut(self, rewrite: Rewrite) -> int | None:
+        for node in rewrite.inputs.values():
+            shape = getattr(value_of(node), "shape", ())
+            if math.prod(self.of(size) for size in shape) > MOST_ELEMENTS:
+                candidates = [int(size) for size in shape if not isinstance(size, torch.SymInt)]
+                left = [size for size in candidates if size not in self.static and size > 64]
+                return max(left, default=None)
+        return None
+
+    def of(self, size: Any) -> int:
+        if isinstance(size, torch.SymInt):
+            expression: sympy.Expr = size.node.expr
+            return int(expression.subs(self.symbols))
+        return self.static.get(int(size), int(size))
+
+    def literal(self, value: Any) -> Any:
+        return self.static.get(value, value) if type(value) is int else value
+
+
+def _hints(shape_env: Any) -> dict[sympy.Symbol, Any]:
+    """The sizes that a graph was captured with; the attribute was renamed in torch 2.12."""
+    hints: dict[sympy.Symbol, Any] = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+    return hints
+
+
+def _prove_at(rewrite: Rewrite, sizes: _Sizes) -> Proof:
+    run = _runner(rewrite.original, sizes), _runner(rewrite.replacement, sizes)
+    wide = _runner(rewrite.original, sizes, _widened), _runner(rewrite.replacement, sizes, _widened)
+    worst: dict[str, list[float]] = {}  # name → the largest error of each side over all inputs
+    for magnitude in MAGNITUDES:
+        inputs = _sample(rewrite, sizes, magnitude)
+        doubles = {name: _widened(value) for name, value in inputs.items()}
+        narrow = [_evaluate(side, inputs, rewrite) for side in run]
+        truth, same = (_evaluate(side, doubles, rewrite) for side in wide)
+        for name, expected in truth.items():
+            difference = _distance(same[name], expected)
+            if difference > FLOAT64_TOLERANCE * max(_largest(expected), TINY):
+                return Proof(False, f"another function: {name} differs by {difference:.1e} in float64", 0.0, 0.0, 0)
+            original, replacement = (side[name] for side in narrow)
+            if original.dtype != replacement.dtype or original.shape != replacement.shape:
+                was, is_now = (f"{t.dtype} {tuple(t.shape)}" for t in (original, replacement))
+                return Proof(False, f"{name} is {is_now}, was {was}", 0.0, 0.0, 0)
+            if original.is_floating_point():
+                rounding = torch.finfo(original.dtype).eps * max(_largest(expected), TINY)
+                found = [_distance(side[name], expected) / rounding for side in narrow]
+                worst[name] = [max(pair) for pair in zip(worst.get(name, [0.0, 0.0]), found, strict=True)]
+    errors = [max((side[index] for side in worst.values()), default=0.0) for index in (0, 1)]
+    for name, (original, replacement) in worst.items():
+        if not replacement <= SLACK * original + 1:
+            reason = f"less accurate: error of {name} {replacement:.2f} roundings, was {original:.2f}"
+            return Proof(False, reason, errors[0], errors[1], len(MAGNITUDES))
+    return Proof(True, "", errors[0], errors[1], len(MAGNITUDES))
+
+
+def _sample(rewrite: Rewrite, sizes: _Sizes, magnitude: float) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(SEED)
+    literals = {name: sizes.literal(value) for name, value in rewrite.match.bindings.items()}
+    special = call_with(rewrite.match.rule.examples, {**literals, **_values(rewrite)})
+    sample: dict[str, Any] = {}
+    for name, node in rewrite.inputs.items():
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor):
+            sample[name] = sizes.of(value) if isinstance(value, torch.SymInt | int) else value
+            continue
+        shape = tuple(sizes.of(size) for size in value.shape)
+        if name in special:
+            tensor = special[name](shape, value.dtype, generator)
+        elif value.dtype.is_floating_point:
+            tensor = (torch.randn(shape, generator=generator) * magnitude).to(value.dtype)
+        else:
+            tensor = torch.randint(0, 2, shape, generator=generator).to(value.dtype)
+        sample[name] = tensor.to(value.device)
+    return sample
+
+
+def _values(rewrite: Rewrite) -> dict[str, Any]:
+    return {name: value_of(node) for name, node in rewrite.inputs.items()}
+
+
+def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewrite: Rewrite) -> dict[str, Any]:
+    """Every result and every gradient, by name. The cotangents are the same on each side."""
+    leaves = {
+        name: value.detach().clone().requires_grad_(requires_grad(rewrite.inputs[name]))
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+    results = run(*leaves.values())
+    named = {f"result {index}": result for index, result in enumerate(results)}
+    differentiable = [result for result in results if isinstance(result, torch.Tensor) and result.requires_grad]
+    sources = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor) and leaf.requires_grad}
+    if differentiable and sources:
+        generator = torch.Generator().manual_seed(SEED + 1)
+        cotangents = [
+            torch.randn(result.shape, generator=generator, dtype=torch.float32).to(result) for result in differentiable
+        ]
+        gradients = torch.autograd.grad(differentiable, list(sources.values()), cotangents, allow_unused=True)
+        for (name, leaf), gradient in zip(sources.items(), gradients, strict=True):
+            named[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return {name: value.detach() for name, value in named.items()}
+
+
+def _runner(graph: fx.Graph, sizes: _Sizes, change: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+    """`graph` as a function, with its literals brought to the sample's sizes and changed by `change`."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    for node in copied.nodes:
+        for literal in (sizes.literal, change):
+            if literal is not None:
+                node.args = _map_literals(node.args, literal)
+                node.kwargs = _map_literals(node.kwargs, literal)
+    return fx.GraphModule(torch.nn.Module(), copied)
+
+
+def _map_literals(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(_map_literals(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_literals(item, change) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_map_literals(item, change) for item in (value.start, value.stop, value.step)))
+    return change(value)
+
+
+def _widened(value: Any) -> Any:
+    """Floating tensors and floating dtypes in float64; everything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
+    return value
+
+
+def _largest(value: torch.Tensor) -> float:
+    return float(value.abs().max()) if value.numel() else 0.0
+
+
+def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest difference; infinite where one is NaN or infinite and the other is not the same."""
+    if not value.numel():
+        return 0.0
+    value, truth = value.double(), truth.double()
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    return float(torch.where(same, 0.0, (value - truth).abs()).nan_to_num(nan=math.inf).max())

@@ -1,0 +1,169 @@
+"""What optimizing a model did: every rewrite, every near miss with its reason, every fallback."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fxopt.rewrite.match import NearMiss
+from fxopt.rewrite.pipeline import PassRecord, Refused
+from fxopt.rewrite.snapshot import NodeRow
+
+MOST_REASONS = 12  # printed; `to_dict` has all
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One captured graph. Graphs with the same `frame` are recompilations of one piece of code."""
+
+    frame: int
+    passes: list[PassRecord]
+    before: tuple[NodeRow, ...]
+    after: tuple[NodeRow, ...]
+    elapsed_ms: float  # spent in passes and proofs
+
+    def hits(self) -> Counter[str]:
+        return Counter(change.op for record in self.passes for change in record.outcome.changes)
+
+
+@dataclass
+class Report:
+    """The report of one optimized model. Print it, or read its parts.
+
+    `graphs`: one `GraphRecord` per captured graph, in order of capture.
+    `fallbacks`: why a call that fxopt covers ran the original forward all the same, and how often.
+    `uncovered`: why a call went to the original forward by design (no labels, a cache, …), and how often.
+    """
+
+    model: str
+    policy: str
+    graphs: list[GraphRecord] = field(default_factory=list)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    uncovered: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def hits(self) -> dict[str, int]:
+        """Op name → number of sites in the model. A recompiled graph does not count again."""
+        per_frame: dict[int, Counter[str]] = {}
+        for graph in self.graphs:
+            # Counter's | is the larger count of the two.
+            per_frame[graph.frame] = per_frame.get(graph.frame, Counter()) | graph.hits()
+        return dict(sum(per_frame.values(), Counter()))
+
+    @property
+    def near_misses(self) -> list[NearMiss]:
+        """Where a rule matched more than half of its pattern, and nothing else took the place."""
+        return [miss for graph in self._latest() for record in graph.passes for miss in record.outcome.near_misses]
+
+    @property
+    def refused(self) -> list[Refused]:
+        """Where a rule matched and its proof failed."""
+        return [item for graph in self._latest() for record in graph.passes for item in record.outcome.refused]
+
+    @property
+    def recompiles(self) -> int:
+        """How many graphs were captured again for code that had one already."""
+        return len(self.graphs) - len({graph.frame for graph in self.graphs})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return {
+            "model": self.model,
+            "policy": self.policy,
+            "hits": self.hits,
+            "near_misses": [
+                {"rule": miss.rule, "node": miss.node, "source": miss.source, "reason": miss.reason}
+                for miss in self.near_misses
+            ],
+            "refused": [
+                {"rule": item.rule, "source": item.source, "module": item.module, "reason": item.reason}
+                for item in self.refused
+            ],
+            "graphs": [
+                {
+                    "frame": graph.frame,
+                    "nodes_before": len(graph.before),
+                    "nodes_after": len(graph.after),
+                    "elapsed_ms": graph.elapsed_ms,
+                    "passes": [
+                        {"name": record.name, "elapsed_ms": record.elapsed_ms, "sites": len(record.outcome.changes)}
+                        for record in graph.passes
+                    ],
+                }
+                for graph in self.graphs
+            ],
+            "recompiles": self.recompiles,
+            "fallbacks": dict(self.fallbacks),
+            "uncovered": dict(self.uncovered),
+        }
+
+    def __str__(self) -> str:
+        console = Console(width=120, file=None, force_terminal=False, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [Text(self._headline(), style="bold")]
+        if self.graphs:
+            parts.append(self._table())
+        parts += _reasons("near misses (not rewritten)", self.near_misses)
+        parts += _reasons("refused by the proof", self.refused)
+        parts += [Text(f"fell back {n}×: {reason}", style="yellow") for reason, n in self.fallbacks.items()]
+        parts += [Text(f"ran the original forward {n}×: {reason}", style="dim") for reason, n in self.uncovered.items()]
+        return Group(*parts)
+
+    def _headline(self) -> str:
+        if not self.graphs:
+            return f"{self.model}, policy {self.policy}: no graph captured yet; the first training call captures it"
+        latest = self._latest()
+        before, after = sum(len(graph.before) for graph in latest), sum(len(graph.after) for graph in latest)
+        elapsed = sum(graph.elapsed_ms for graph in self.graphs) / 1e3
+        return (
+            f"{self.model}, policy {self.policy}: {len(latest)} graph{'s' * (len(latest) > 1)}, "
+            f"{before} → {after} operations, {self.recompiles} recompiles, {elapsed:.1f} s in passes and proofs"
+        )
+
+    def _table(self) -> Table:
+        table = Table("op", "sites", "operations", "proof: error, in roundings", "from")
+        rows: dict[str, list[Any]] = {}
+        for graph in self._latest():
+            for record in graph.passes:
+                for change in record.outcome.changes:
+                    rows.setdefault(change.op, []).append(change)
+        hits = self.hits
+        for op, changes in rows.items():
+            proofs = [change.proof for change in changes if change.proof is not None]
+            was = max((proof.original_error for proof in proofs), default=0.0)
+            now = max((proof.replacement_error for proof in proofs), default=0.0)
+            replaced = f"{changes[0].nodes_replaced} → 1"
+            sources = Counter(change.source.split(": ")[0] for change in changes)
+            proof = f"{was:.2f} → {now:.2f}" if proofs else "computed"
+            table.add_row(op, str(hits[op]), replaced, proof, sources.most_common(1)[0][0])
+        return table
+
+    def _latest(self) -> list[GraphRecord]:
+        """The graph of each frame that has the most rewrites, the latest among equals."""
+        best: dict[int, GraphRecord] = {}
+        for graph in self.graphs:
+            if graph.frame not in best or graph.hits().total() >= best[graph.frame].hits().total():
+                best[graph.frame] = graph
+        return list(best.values())
+
+
+def _reasons(title: str, found: Sequence[NearMiss | Refused]) -> list[RenderableType]:
+    counted = Counter((f"{item.rule}: {item.reason}", item.source) for item in found)
+    if not counted:
+        return []
+    lines: list[RenderableType] = [Text(f"{title}:")]
+    for (reason, source), count in counted.most_common(MOST_REASONS):
+        lines.append(Text(f"  {count}× {reason}   {source}", style="dim", overflow="fold"))
+    if len(counted) > MOST_REASONS:
+        lines.append(Text(f"  and {len(counted) - MOST_REASONS} more; see .to_dict()"))
+    return lines

@@ -1,0 +1,196 @@
+"""One spelling for each operation, so that a pattern meets a graph whichever way the model's author wrote it.
+
+PyTorch has many ways to write the same thing: `x.float()`, `x.to(torch.float32)` and `x.type(torch.float32)`;
+`x.pow(2)`, `x ** 2`, `x * x` and `torch.square(x)`; `x.mean(-1, keepdim=True)` and `torch.mean(x, dim=[-1],
+keepdim=True)`. `spell_out` brings every node of a graph into one of them, without changing what it computes:
+
+* a dtype conversion is `cast(x, dtype)`, a square is `torch.square(x)`, arithmetic uses `operator`'s functions;
+* a method with a function of the same name in `torch` becomes that function;
+* sizes stand in one tuple.
+
+Arguments keep their places in the graph; `arguments_of` reads them by name, whichever way they were given.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.rewrite.graph import cast, dtype_of, tensor_of
+
+CASTING_METHODS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int": torch.int32,
+    "long": torch.int64,
+    "bool": torch.bool,
+}
+
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "subtract": operator.sub,
+    "mul": operator.mul,
+    "multiply": operator.mul,
+    "div": operator.truediv,
+    "divide": operator.truediv,
+    "true_divide": operator.truediv,
+    "neg": operator.neg,
+    "negative": operator.neg,
+    "pow": operator.pow,
+    "matmul": operator.matmul,
+}
+
+# Methods that take their sizes one by one or as a tuple.
+SIZE_METHODS = frozenset({"view", "reshape", "expand", "permute", "repeat"})
+
+
+def spell_out(graph: fx.Graph) -> None:
+    """Bring every call in `graph` into its canonical spelling, in place. The values do not change."""
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            _spell_cast(node)
+            _spell_function(node)
+            _spell_sizes(node)
+            _spell_square(node)
+
+
+def _spell_cast(node: fx.Node) -> None:
+    """`x.float()`, `x.to(dtype=…)`, `x.type_as(y)`, … become `cast(x, dtype)`."""
+    if node.op != "call_method":
+        return
+    x, *rest = node.args
+    name, kwargs = str(node.target), dict(node.kwargs)
+    dtype: Any = None
+    if name in CASTING_METHODS and not rest and not kwargs:
+        dtype = CASTING_METHODS[name]
+    elif name in ("to", "type"):
+        if kwargs.pop("copy", False):
+            return
+        kwargs.pop("non_blocking", None)
+        for option in [*rest, *kwargs.values()]:
+            if _is_dtype(option):
+                dtype = option
+            elif not _is_device_of(x, option):
+                return  # a move to another device, or `to(other)`: not a plain cast
+    elif name == "type_as" and len(rest) == 1:
+        dtype = dtype_of(rest[0])
+    if dtype is not None:
+        node.op, node.target, node.args, node.kwargs = "call_function", cast, (x, dtype), {}
+
+
+def _is_dtype(option: Any) -> bool:
+    # In a traced pattern the dtype is a placeholder: a Node without a value.
+    return isinstance(option, torch.dtype) or (isinstance(option, fx.Node) and tensor_of(option) is None)
+
+
+def _is_device_of(x: Any, option: Any) -> bool:
+    tensor = tensor_of(x)
+    return tensor is not None and isinstance(option, (torch.device, str)) and torch.device(option) == tensor.device
+
+
+def _spell_function(node: fx.Node) -> None:
+    """Methods become functions, and arithmetic becomes `operator`'s."""
+    name = _name(node)
+    plain = not node.kwargs and isinstance(node.target, str | _BuiltinFunction)
+    if name in ARITHMETIC and plain and len(node.args) <= 2:
+        node.op, node.target = "call_function", ARITHMETIC[name]
+    elif node.op == "call_method" and name not in SIZE_METHODS and _is_torch_function(name):
+        node.op, node.target = "call_function", getattr(torch, name)
+
+
+_BuiltinFunction = type(torch.add)
+
+
+def _is_torch_function(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), _BuiltinFunction) and not name.endswith("_")
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _spell_square(node: fx.Node) -> None:
+    """`x ** 2`, `x.pow(2)` and `x * x` become `torch.square(x)`: in floating point all four round alike."""
+    if node.target not in (operator.pow, operator.mul) or len(node.args) != 2:
+        return
+    base, other = node.args
+    if not isinstance(base, fx.Node):
+        return
+    is_power = node.target is operator.pow and isinstance(other, int | float) and other == 2
+    if is_power or (node.target is operator.mul and other is base and _is_floating(base)):
+        node.target, node.args = torch.square, (base,)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = tensor_of(node)
+    return value is None or value.is_floating_point()
+
+
+def _spell_sizes(node: fx.Node) -> None:
+    """`x.view(2, 3)` becomes `x.view((2, 3))`."""
+    if node.op == "call_method" and str(node.target) in SIZE_METHODS:
+        x, *sizes = node.args
+        if sizes and not isinstance(sizes[0], tuple | list):
+            node.args = (x, tuple(sizes))
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by parameter name, defaults filled in; by position where the signature is not known.
+
+    Two calls of one operation have equal dictionaries exactly if they were given equal arguments, whichever of
+    positions, keywords and defaults they were written with. The graph is not changed.
+    """
+    by_position = {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
+    if node.op != "call_function" or node.target in _OPERATORS or not callable(node.target):
+        return by_position
+    for signature in _signatures(node.target):
+        try:
+            bound = signature.bind(*node.args, **node.kwargs)
+        except TypeError:
+            continue
+        bound.apply_defaults()
+        return {name: _spell_dim(name, value) for name, value in bound.arguments.items()}
+    return by_position
+
+
+_OPERATORS = frozenset(value for value in vars(operator).values() if callable(value))
+
+
+def _spell_dim(name: str, value: Any) -> Any:
+    return value[0] if name == "dim" and isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+@functools.cache
+def _signatures(target: Callable[..., Any]) -> tuple[inspect.Signature, ...]:
+    """The signatures a target may be called with: of a Python function its own, of an ATen function its overloads'."""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return ()
+    if inspect.isfunction(target):
+        return (inspect.signature(target),)
+    name = getattr(target, "__name__", "")
+    return tuple(_signature_of_schema(schema) for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}"))
+
+
+def _signature_of_schema(schema: Any) -> inspect.Signature:
+    parameters = []
+    for argument in schema.arguments:
+        kind = inspect.Parameter.KEYWORD_ONLY if argument.kwarg_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        name = {"self": "input"}.get(argument.name, argument.name)
+        default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        parameters.append(inspect.Parameter(name, kind, default=default))
+    try:
+        return inspect.Signature(parameters)
+    except ValueError:  # a default before a parameter without one: legal in a schema only
+        stripped = [p.replace(default=inspect.Parameter.empty) for p in parameters]
+        return inspect.Signature(stripped)
+
+

@@ -1,0 +1,364 @@
+"""AdamW for parameters stored in two bytes: float32 arithmetic and states, one rounding at the store.
+
+    p ← p · (1 − lr · weight_decay)
+    m ← beta1 · m + (1 − beta1) · g
+    v ← beta2 · v + (1 − beta2) · g²
+    p ← p − lr / (1 − beta1ᵗ) · m / (√v / √(1 − beta2ᵗ) + eps)
+    p is stored:  round(p)
+
+Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, as in `torch.optim.AdamW`.
+Stochastic rounding: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv:1502.02551. A float32 is
+stored as the bfloat16 below or above it, with the probabilities that make the result right on average: the 16 bits to
+be discarded are a whole number f; adding a whole number drawn evenly from [0, 2¹⁶) and cutting carries into the kept
+bits with probability f / 2¹⁶. An update far smaller than a bfloat16 step then happens rarely, instead of never. inf and
+NaN stay what they are.
+
+Shapes: param, grad, exp_avg, exp_avg_sq (...) alike; step () float32, counted from 1.
+Dtypes: param and grad bfloat16 or float32; states float32; all arithmetic float32.
+Bytes moved: 22 per bfloat16 element (param 4, grad 2, states 16), 28 per float32 element.
+
+The noise is a pure function of (seed, step, index): training resumed from a checkpoint continues bit by bit.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.backend import TRITON_DEVICES, on_device, tl, triton
+
+Rounding = Literal["nearest", "stochastic"]
+
+# One chunk of a parameter is updated while it lies in the cache. Smaller ones pay for launches (measured on two cores:
+# 128 Ki elements 104 ms, 512 Ki 81 ms for 134.5 M parameters), larger ones fall out of the cache.
+CHUNK_NUMEL = 1 << 19
+# On the CPU each step draws this many random numbers, and each chunk reads a slice at a random place. A number of its
+# own for every element would cost more than the whole update.
+NOISE_NUMEL = 1 << 20
+
+_MASK_64 = (1 << 64) - 1
+
+
+def adamw_reference(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification: one AdamW update in the dtype of the states (float32 or float64), before any rounding.
+
+    Returns the new parameter, exp_avg and exp_avg_sq, all (...) in the dtype of `exp_avg`; changes no argument.
+    """
+    p, g = param.to(exp_avg.dtype), grad.to(exp_avg.dtype)
+    p = p * (1 - lr * weight_decay)
+    m = beta1 * exp_avg + (1 - beta1) * g
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    p = p - lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
+    return p, m, v
+
+
+def stochastic_round_reference(value: Tensor, noise: Tensor) -> Tensor:
+    """The specification of the rounding: float32 `value` (...) to bfloat16, `noise` (...) int32 in [0, 2¹⁶)."""
+    cut = (value.view(torch.int32) + noise) & -(1 << 16)
+    return torch.where(value.isfinite(), cut.view(torch.float32), value).to(torch.bfloat16)
+
+
+@triton.jit
+def _adamw_kernel(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed,
+    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program updates 4 * BLOCK elements: one call of the random generator gives four numbers.
+    program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    random = tl.randint4x(seed, program * BLOCK + lane)
+    for part in tl.static_range(4):
+        offsets = (program * 4 + part) * BLOCK + lane
+        mask = offsets < numel
+        p = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        m = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
+        v = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
+
+        m = beta1 * m + one_minus_beta1 * g
+        v = beta2 * v + one_minus_beta2 * g * g
+        p = p * decay - step_size * m / (tl.sqrt(v) / sqrt_correction2 + eps)
+
+        if STOCHASTIC:
+            bits = p.to(tl.uint32, bitcast=True) + (random[part].to(tl.uint32, bitcast=True) & 0xFFFF)
+            cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+            p = tl.where(p == p, cut, p)  # a NaN with all its bits set would carry into the sign; inf has none to cut
+        tl.store(exp_avg_ptr + offsets, m, mask=mask)
+        tl.store(exp_avg_sq_ptr + offsets, v, mask=mask)
+        tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
+
+
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rounding: Rounding,
+    seed: int = 0,
+    index: int = 0,
+) -> None:
+    """Updates `param`, `exp_avg` and `exp_avg_sq` in place; formula, shapes and dtypes: at the top of this file.
+
+    `step` already counts this update. `rounding` matters to bfloat16 parameters alone. `index` tells the noise of one
+    parameter from another's. Raises TypeError for a dtype other than bfloat16 and float32.
+    """
+    foreach_adamw_(
+        [param],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [step],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        rounding=rounding,
+        seed=seed,
+        indices=[index],
+    )
+
+
+def foreach_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rounding: Rounding,
+    seed: int,
+    indices: Sequence[int],
+) -> None:
+    """`adamw_` for many parameters: small ones share a pass. Equal, bit by bit, to `adamw_` one by one."""
+    hyper = _Hyper(lr, beta1, beta2, eps, weight_decay)
+    slots: dict[tuple[torch.device, torch.dtype, int], list[_Slot]] = {}
+    copies: list[tuple[Tensor, Tensor]] = []
+    for param, grad, m, v, step, index in zip(params, grads, exp_avgs, exp_avg_sqs, steps, indices, strict=True):
+        if param.dtype not in (torch.bfloat16, torch.float32):
+            raise TypeError(f"adamw_ updates bfloat16 and float32 parameters, got {param.dtype}")
+        if m.dtype != torch.float32 or v.dtype != torch.float32:
+            raise TypeError(f"adamw_ keeps its states in float32, got {m.dtype} and {v.dtype}")
+        if param.numel() == 0:
+            continue
+        dense = param.contiguous()
+        if dense is not param:
+            copies.append((param, dense))
+        slot = _Slot(dense.view(-1), grad.reshape(-1), m.view(-1), v.view(-1), step, index)
+        slots.setdefault((param.device, param.dtype, int(step)), []).append(slot)
+    for (device, dtype, step_count), group in slots.items():
+        if device.type in TRITON_DEVICES:
+            for slot in group:
+                _launch(slot, step_count, hyper, rounding, noise_key(seed, step_count, slot.index))
+        elif dtype == torch.float32:
+            _update([replace(slot, grad=slot.grad.float()) for slot in group], step_count, hyper)
+        else:
+            _update_in_chunks(group, step_count, hyper, rounding, seed)
+    for param, dense in copies:
+        param.copy_(dense)
+
+
+def noise_key(seed: int, step: int, index: int) -> int:
+    """62 random bits from (seed, step, index): the finalizer of splitmix64 (Steele et al., 2014), once per number."""
+    key = 0
+    for number in (seed, step, index):
+        key = (key + number + 0x9E3779B97F4A7C15) & _MASK_64
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK_64
+        key ^= key >> 31
+    return key >> 2
+
+
+@dataclass(frozen=True)
+class _Hyper:
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One parameter, or a chunk of one, and what belongs to it; the tensors are flat."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    index: int
+    chunk: int = 0
+
+    def chunks(self) -> Iterator["_Slot"]:
+        numel = self.param.numel()
+        if numel <= CHUNK_NUMEL:
+            yield self
+            return
+        for chunk, start in enumerate(range(0, numel, CHUNK_NUMEL)):
+            part = slice(start, min(start + CHUNK_NUMEL, numel))
+            yield _Slot(
+                self.param[part],
+                self.grad[part],
+                self.exp_avg[part],
+                self.exp_avg_sq[part],
+                self.step,
+                self.index,
+                chunk,
+            )
+
+
+def _launch(slot: _Slot, step: int, hyper: _Hyper, rounding: Rounding, key: int) -> None:
+    numel, block = slot.param.numel(), 512
+    with on_device(slot.param):
+        _adamw_kernel[(triton.cdiv(numel, 4 * block),)](
+            param_ptr=slot.param,
+            grad_ptr=slot.grad,
+            exp_avg_ptr=slot.exp_avg,
+            exp_avg_sq_ptr=slot.exp_avg_sq,
+            numel=numel,
+            seed=key | (1 << 62) | 1,  # always 64 bits and odd, so that Triton compiles one kernel for all seeds
+            decay=1 - hyper.lr * hyper.weight_decay,
+            beta1=hyper.beta1,
+            one_minus_beta1=1 - hyper.beta1,
+            beta2=hyper.beta2,
+            one_minus_beta2=1 - hyper.beta2,
+            step_size=hyper.lr / (1 - hyper.beta1**step),
+            sqrt_correction2=(1 - hyper.beta2**step) ** 0.5,
+            eps=hyper.eps,
+            STOCHASTIC=rounding == "stochastic" and slot.param.dtype == torch.bfloat16,
+            BLOCK=block,
+        )
+
+
+def _update_in_chunks(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
+    """The update of two-byte parameters: chunk by chunk through float32 scratch that stays in the cache."""
+    batches = list(_batches(slots))
+    numel = max(sum(slot.param.numel() for slot in batch) for batch in batches)
+    device = slots[0].param.device
+    p32, g32 = torch.empty(numel, device=device), torch.empty(numel, device=device)
+    bits = p32.view(torch.int32)
+    noise = _noise(noise_key(seed, step, 0), device) if rounding == "stochastic" else None
+    for batch in batches:
+        sizes = [slot.param.numel() for slot in batch]
+        total = sum(sizes)
+        stored, values, grads = [slot.param for slot in batch], _pieces(p32, sizes), _pieces(g32, sizes)
+        torch._foreach_copy_(values, stored)
+        torch._foreach_copy_(grads, [slot.grad for slot in batch])
+        _update([replace(slot, param=p, grad=g) for slot, p, g in zip(batch, values, grads, strict=True)], step, hyper)
+        if noise is not None:
+            keys = [noise_key(noise_key(seed, step, slot.index), slot.chunk, 0) for slot in batch]
+            for piece, key in zip(_pieces(bits, sizes), keys, strict=True):
+                start = key % (NOISE_NUMEL - piece.numel() + 1)
+                piece.add_(noise[start : start + piece.numel()])
+            # A NaN that arithmetic makes has its low bits clear, so it does not carry into the sign.
+            bits[:total].bitwise_and_(-(1 << 16))
+        torch._foreach_copy_(stored, values)
+
+
+def _batches(slots: list[_Slot]) -> Iterator[list[_Slot]]:
+    """The chunks of all parameters in order, small ones together, each batch CHUNK_NUMEL elements or a few more."""
+    batch: list[_Slot] = []
+    numel = 0
+    for slot in slots:
+        for chunk in slot.chunks():
+            batch.append(chunk)
+            numel += chunk.param.numel()
+            if numel >= CHUNK_NUMEL:
+                yield batch
+                batch, numel = [], 0
+    if batch:
+        yield batch
+
+
+def _noise(key: int, device: torch.device) -> Tensor:
+    """NOISE_NUMEL numbers, int32, even in [0, 2¹⁶): four from each 64-bit draw of the CPU's generator."""
+    generator = torch.Generator().manual_seed(key)
+    draws = torch.empty(NOISE_NUMEL // 4, dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+    return draws.view(torch.int16).to(torch.int32).bitwise_and_((1 << 16) - 1).to(device)
+
+
+def _pieces(scratch: Tensor, sizes: list[int]) -> list[Tensor]:
+    return list(torch.split(scratch[: sum(sizes)], sizes))
+
+
+def _update(slots: Sequence[_Slot], step: int, hyper: _Hyper) -> None:
+    """The float32 update in place, without rounding: one vectorized pass where PyTorch has it."""
+    if slots[0].param.device.type == "cpu" and _fused_is_right():
+        _update_fused(slots, hyper)
+    else:
+        _update_plain(slots, step, hyper)
+
+
+def _update_fused(slots: Sequence[_Slot], hyper: _Hyper) -> None:
+    torch._fused_adamw_(
+        [slot.param for slot in slots],
+        [slot.grad for slot in slots],
+        [slot.exp_avg for slot in slots],
+        [slot.exp_avg_sq for slot in slots],
+        [],
+        [slot.step for slot in slots],
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _update_plain(slots: Sequence[_Slot], step: int, hyper: _Hyper) -> None:
+    step_size = hyper.lr / (1 - hyper.beta1**step)
+    correction2 = (1 - hyper.beta2**step) ** 0.5
+    for slot in slots:
+        slot.exp_avg.lerp_(slot.grad, 1 - hyper.beta1)
+        slot.exp_avg_sq.mul_(hyper.beta2).addcmul_(slot.grad, slot.grad, value=1 - hyper.beta2)
+        slot.param.mul_(1 - hyper.lr * hyper.weight_decay)
+        slot.param.addcdiv_(slot.exp_avg, slot.exp_avg_sq.sqrt().div_(correction2).add_(hyper.eps), value=-step_size)
+
+
+@functools.cache
+def _fused_is_right() -> bool:
+    """Whether `torch._fused_adamw_`, which is private, exists here and computes what we think it does."""
+    p, g, m = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.2, -4.0], [0.1, 0.2, -0.3]])
+    v = m * m
+    hyper = _Hyper(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.2)
+    expected = adamw_reference(p, g, m, v, **vars(hyper), step=3)
+    slot = _Slot(p.clone(), g.clone(), m.clone(), v.clone(), torch.tensor(3.0), 0)
+    try:
+        _update_fused([slot], hyper)
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    return all(
+        torch.allclose(found, right, rtol=1e-5, atol=1e-7)
+        for found, right in zip((slot.param, slot.exp_avg, slot.exp_avg_sq), expected, strict=True)
+    )

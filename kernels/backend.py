@@ -1,0 +1,65 @@
+"""The little that all kernel files share: Triton where it exists, and how a tensor is cut into rows and tiles."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _TritonMissing:
+    """Lets a kernel file be imported where Triton is not installed (macOS); its kernels are then never launched."""
+
+    constexpr = int
+
+    @staticmethod
+    def jit(function: Any) -> Any:
+        return function
+
+
+triton: Any
+tl: Any
+try:
+    import triton  # type: ignore[no-redef]
+    import triton.language as tl  # type: ignore[no-redef]
+
+    TRITON_DEVICES: tuple[str, ...] = ("cuda", "xpu")  # "cuda" is ROCm's name too
+except ImportError:
+    triton = tl = _TritonMissing
+    TRITON_DEVICES = ()
+
+MAX_PROGRAMS = 512  # programs that share a sum over rows: enough to fill a large GPU, few enough to add up cheaply
+BLOCK_BYTES = 2**20  # float32 working set of one block of rows on the CPU: about one core's second-level cache
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to calculate in: float32, or float64 for a float64 tensor."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def triton_dtype(tensor: Tensor) -> Any:
+    """`compute_dtype` in Triton's words."""
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """(..., D) -> (N, D) whose rows may lie apart but are contiguous themselves; a view where that is possible."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def row_blocks(rows: Tensor) -> Iterator[slice]:
+    """Consecutive slices of (N, D) rows, each of which fits the cache in float32."""
+    step = max(1, BLOCK_BYTES // (4 * rows.shape[-1]))
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
+
+
+def row_tile(num_cols: int) -> dict[str, int]:
+    """Launch arguments for a kernel that holds whole rows: ROWS x BLOCK elements in one program of `num_warps` warps."""
+    block = triton.next_power_of_2(num_cols)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
+
+
+def on_device(tensor: Tensor) -> Any:
+    """A context in which Triton launches on the tensor's device, which need not be the current one."""
+    return torch.accelerator.device_index(tensor.device.index)

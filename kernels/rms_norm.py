@@ -1,0 +1,181 @@
+"""RMSNorm:  y = x / sqrt(mean(x²) + eps) * weight,  the mean over the last dimension.
+
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467; transformers `LlamaRMSNorm.forward`.
+Shapes: x (..., D), weight (D,) -> (..., D), in x's dtype. The weight may have another dtype than x.
+Accumulates in float32 (float64 for float64 inputs) and rounds once, at the store.
+Gradient, with r = 1 / sqrt(mean(x²) + eps) and x̂ = x * r:
+    dx = r * (dy * weight - x̂ * mean(dy * weight * x̂)),    dweight = Σ_rows dy * x̂
+Bytes that must move: forward reads x and writes y; backward reads x and dy and writes dx. Saved: x and weight only.
+"""
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.backend import (
+    MAX_PROGRAMS,
+    TRITON_DEVICES,
+    as_rows,
+    compute_dtype,
+    on_device,
+    row_blocks,
+    row_tile,
+    tl,
+    triton,
+    triton_dtype,
+)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The specification, in plain PyTorch, with the two roundings of the modelling code."""
+    h = x.to(compute_dtype(x))
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * h.to(x.dtype)).to(x.dtype)
+
+
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr, weight_ptr, y_ptr, num_rows, x_stride,
+    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (cols < D)
+
+    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(DTYPE)
+    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
+    tl.store(y_ptr + rows * D + cols, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, num_rows, dy_stride, x_stride,
+    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK)[None, :]
+    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
+    dweight = tl.zeros([ROWS, BLOCK], dtype=DTYPE)
+
+    # Each program takes every num_programs-th tile and writes one row of partial sums: no atomics, the same sum each run.
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (rows < num_rows) & (cols < D)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(DTYPE)
+        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(DTYPE)
+
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
+        x_hat = x * rstd
+        dx_hat = dy * weight
+        dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1, keep_dims=True) / D))
+        dweight += dy * x_hat
+        tl.store(dx_ptr + rows * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight, differentiable once in x and weight.
+
+    Args:
+        x: (..., D), any floating dtype and any strides.
+        weight: (D,), any floating dtype; its gradient has this dtype.
+        eps: added to the mean square.
+
+    Returns:
+        (..., D), contiguous, in x's dtype.
+
+    Raises:
+        ValueError: the last dimension is empty, or weight does not have its length.
+    """
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) as x's last dimension")
+    return torch.ops.fxopt.rms_norm(x, weight, eps)
+
+
+@torch.library.custom_op("fxopt::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x_rows, y = as_rows(x), x.new_empty(x.shape)
+    y_rows = as_rows(y)
+    weight = weight.to(compute_dtype(x))
+    for block in row_blocks(x_rows):
+        h = x_rows[block].to(weight.dtype, copy=True)
+        y_rows[block] = h.mul_(_reciprocal_rms(h, eps)).mul_(weight)
+    return y
+
+
+@_rms_norm.register_kernel(TRITON_DEVICES)
+def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x_rows, y = as_rows(x), x.new_empty(x.shape)
+    num_rows, D = x_rows.shape
+    tile = row_tile(D)
+    if num_rows:
+        with on_device(x):
+            _rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
+                x_rows, weight.contiguous(), y, num_rows, x_rows.stride(0), EPS=eps, D=D, DTYPE=triton_dtype(x), **tile
+            )
+    return y
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("fxopt::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
+    dx_rows = as_rows(dx)
+    dtype, D = compute_dtype(x), weight.shape[0]
+    weight_, dweight = weight.to(dtype), weight.new_zeros(D, dtype=dtype)
+    for block in row_blocks(x_rows):
+        x_hat = x_rows[block].to(dtype, copy=True)
+        rstd = _reciprocal_rms(x_hat, eps)
+        x_hat.mul_(rstd)
+        d = dy_rows[block].to(dtype, copy=True)
+        product = d * x_hat
+        dweight += product.sum(0)
+        correction = (product @ weight_).div_(-D).unsqueeze(-1)
+        dx_rows[block] = d.mul_(weight_).addcmul_(x_hat, correction).mul_(rstd)
+    return dx, dweight.to(weight.dtype)
+
+
+@_rms_norm_backward.register_kernel(TRITON_DEVICES)
+def _rms_norm_backward_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
+    num_rows, D = x_rows.shape
+    tile = row_tile(D)
+    num_programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
+    dweight = x.new_empty(num_programs, D, dtype=compute_dtype(x))
+    if num_rows:
+        with on_device(x):
+            _rms_norm_bwd_kernel[(num_programs,)](
+                dy_rows, x_rows, weight.contiguous(), dx, dweight, num_rows, dy_rows.stride(0), x_rows.stride(0),
+                EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+            )  # fmt: skip
+    return dx, dweight.sum(0).to(weight.dtype)
+
+
+@_rms_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, dy: Tensor):
+    dx, dweight = torch.ops.fxopt.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps)
+    return dx, dweight, None
+
+
+_rms_norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _reciprocal_rms(h: Tensor, eps: float) -> Tensor:
+    """(N, D) -> (N, 1): 1 / sqrt(mean(h²) + eps), without a temporary of h's size."""
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    return norm.square_().div_(h.shape[-1]).add_(eps).rsqrt_()

@@ -1,0 +1,1 @@
+"""What is rewritten: one file per pass or rule family, imported as ``fxopt.passes``."""

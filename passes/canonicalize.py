@@ -1,0 +1,83 @@
+"""One spelling for each operation, and nothing that computes nothing: what every later pass relies on."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.rewrite.graph import GRAD_MODE_SWITCHES, is_mutating, is_random, tensor_of
+from fxopt.rewrite.pipeline import simple_pass
+from fxopt.rewrite.spelling import spell_out
+
+
+def canonicalize(graph: fx.Graph) -> None:
+    """Spell every operation out, drop identities, and compute equal things once."""
+    spell_out(graph)
+    for node in list(graph.nodes):
+        if node.target is torch._C._log_api_usage_once and not node.users:
+            graph.erase_node(node)
+        elif (source := _identity_of(node)) is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    merge_equal_nodes(graph)
+
+
+def _identity_of(node: fx.Node) -> fx.Node | None:
+    """The input that a node returns unchanged, if it does."""
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source, *rest = node.args
+    if node.target is operator.getitem:
+        index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+        whole = all(item is Ellipsis or item in (slice(None), slice(0, None)) for item in index)
+        return source if whole and tensor_of(source) is not None else None
+    if node.target == "to":
+        before, after = tensor_of(source), tensor_of(node)
+        unchanged = before is not None and after is not None
+        unchanged = unchanged and (before.dtype, before.device) == (after.dtype, after.device)  # type: ignore[union-attr]
+        return source if unchanged and not node.kwargs.get("copy") and "memory_format" not in node.kwargs else None
+    if node.target is torch.nn.functional.dropout:
+        probability, training = _argument(node, 1, "p", 0.5), _argument(node, 2, "training", True)
+        return source if training is False or probability == 0.0 else None
+    return None
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def merge_equal_nodes(graph: fx.Graph) -> None:
+    """Compute once what is computed twice from the same inputs, in the same autograd mode."""
+    seen: dict[Any, fx.Node] = {}
+    written: set[fx.Node] = {node.all_input_nodes[0] for node in graph.nodes if is_mutating(node)}
+    if written:
+        return  # which views share memory with what is written is not worth finding out
+    mode = 0
+    for node in list(graph.nodes):
+        if node.target in GRAD_MODE_SWITCHES:
+            mode += 1
+        if node.op not in ("call_function", "call_method") or node.is_impure() or is_random(node):
+            continue
+        key = (mode, node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple(sorted((key, _hashable(item)) for key, item in value.items()))
+    if isinstance(value, slice):
+        return ("slice", _hashable((value.start, value.stop, value.step)))
+    # 1, 1.0 and True are equal in Python and are not the same argument.
+    return value if isinstance(value, fx.Node) else (type(value), value)
+
+
+CANONICALIZE = simple_pass("canonicalize", canonicalize)

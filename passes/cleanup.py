@@ -1,0 +1,17 @@
+"""The last pass of every pipeline: equal nodes once more, and nothing that nobody uses."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxopt.passes.canonicalize import merge_equal_nodes
+from fxopt.rewrite.pipeline import simple_pass
+
+
+def cleanup(graph: fx.Graph) -> None:
+    """Compute equal things once, and drop dead code. Writes, random numbers and mode switches stay."""
+    merge_equal_nodes(graph)
+    graph.eliminate_dead_code()
+
+
+CLEANUP = simple_pass("cleanup", cleanup)

@@ -1,0 +1,37 @@
+"""The residual addition and the norm that reads it  →  `fxopt::add_rms_norm`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxopt.kernels.add_rms_norm import add_rms_norm
+from fxopt.kernels.rms_norm import rms_norm
+from fxopt.rewrite.graph import dtype_of, shape_of
+from fxopt.rewrite.match import Rule, require
+from fxopt.rewrite.pipeline import rules_pass
+
+
+class FuseAddRMSNorm(Rule):
+    """summed = x + residual; rms_norm(summed), where `summed` goes on as the next residual
+
+    Source: the pre-norm block of transformers LlamaDecoderLayer.forward.
+    """
+
+    @staticmethod
+    def pattern(x: Any, residual: Any, weight: Any, eps: Any) -> Any:
+        summed = x + residual
+        return summed, rms_norm(summed, weight, eps)
+
+    @staticmethod
+    def check(x: fx.Node, residual: fx.Node) -> None:
+        require(dtype_of(x) == dtype_of(residual), "the addends have different dtypes")
+        require(shape_of(x) == shape_of(residual), "the addition broadcasts")
+
+    @staticmethod
+    def rewrite(x: Any, residual: Any, weight: Any, eps: Any) -> Any:
+        return add_rms_norm(x, residual, weight, eps)
+
+
+FUSE_ADD_RMS_NORM = rules_pass("fuse_add_rms_norm", FuseAddRMSNorm)

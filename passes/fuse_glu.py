@@ -1,0 +1,37 @@
+"""Gated linear units  →  `fxopt::swiglu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from fxopt.kernels.glu import swiglu
+from fxopt.rewrite.graph import dtype_of, shape_of
+from fxopt.rewrite.match import Rule, require
+from fxopt.rewrite.pipeline import rules_pass
+
+
+class FuseSwiGLU(Rule):
+    """silu(gate) * up
+
+    Source: transformers LlamaMLP.forward.
+    """
+
+    @staticmethod
+    def pattern(gate: Any, up: Any) -> Any:
+        return F.silu(gate) * up
+
+    @staticmethod
+    def check(gate: fx.Node, up: fx.Node) -> None:
+        require(isinstance(up, fx.Node), "silu is multiplied by a number")
+        require(shape_of(gate) == shape_of(up), f"gate {shape_of(gate)} and up {shape_of(up)} have different shapes")
+        require(dtype_of(gate) == dtype_of(up), f"gate is {dtype_of(gate)}, up is {dtype_of(up)}")
+
+    @staticmethod
+    def rewrite(gate: Any, up: Any) -> Any:
+        return swiglu(gate, up)
+
+
+FUSE_GLU = rules_pass("fuse_glu", FuseSwiGLU)

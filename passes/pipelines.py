@@ -1,0 +1,30 @@
+"""The pipelines: which passes run, in which order, and why in this order."""
+
+from __future__ import annotations
+
+from fxopt.passes.canonicalize import CANONICALIZE
+from fxopt.passes.cleanup import CLEANUP
+from fxopt.passes.fuse_add_rms_norm import FUSE_ADD_RMS_NORM
+from fxopt.passes.fuse_glu import FUSE_GLU
+from fxopt.passes.fuse_linear_cross_entropy import FUSE_LINEAR_CROSS_ENTROPY
+from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM
+from fxopt.passes.fuse_rope import FUSE_ROPE
+from fxopt.passes.remove_casts import REMOVE_CASTS
+from fxopt.passes.restore_causal_attention import RESTORE_CAUSAL_ATTENTION
+from fxopt.passes.separate_logits import SEPARATE_LOGITS
+from fxopt.rewrite.pipeline import Pipeline
+
+EXACT = Pipeline(
+    (
+        CANONICALIZE,  # first: everything after it expects one spelling for each operation
+        SEPARATE_LOGITS,  # before the loss is fused: the loss must be the only reader of its logits
+        REMOVE_CASTS,  # before the fusions, whose patterns are written without redundant casts
+        FUSE_RMS_NORM,
+        FUSE_ADD_RMS_NORM,  # after the norms, which it reads
+        FUSE_GLU,
+        FUSE_ROPE,
+        FUSE_LINEAR_CROSS_ENTROPY,
+        RESTORE_CAUSAL_ATTENTION,  # before the clean-up, which then drops the mask that nobody reads
+        CLEANUP,  # last: also takes back what SEPARATE_LOGITS copied, if the loss was not fused
+    )
+)

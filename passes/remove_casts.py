@@ -1,0 +1,43 @@
+"""Dtype conversions that cannot change a value.
+
+Removed are: a cast to the dtype a tensor already has; the narrow-back of a widening (bf16 → fp32 → bf16 is the
+tensor itself); and the first of two widenings (bf16 → fp32 → fp64 is bf16 → fp64). Removing a *narrowing* cast
+changes values, so such casts stay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxopt.rewrite.graph import cast, dtype_of
+from fxopt.rewrite.pipeline import simple_pass
+
+# Which dtypes hold every value of the dtype on the left.
+WIDER: dict[torch.dtype, frozenset[torch.dtype]] = {
+    torch.bfloat16: frozenset({torch.float32, torch.float64}),
+    torch.float16: frozenset({torch.float32, torch.float64}),
+    torch.float32: frozenset({torch.float64}),
+}
+
+
+def remove_casts(graph: fx.Graph) -> None:
+    """Remove every cast whose absence cannot be seen in any value."""
+    for node in list(graph.nodes):
+        if node.target is not cast:
+            continue
+        source, dtype = node.args
+        if isinstance(source, fx.Node) and source.target is cast and _widens(source.args[0], source):
+            # x → wider → dtype: the detour loses nothing, so `dtype` can be reached from x directly.
+            node.args = (source.args[0], dtype)
+            source = source.args[0]
+        if dtype_of(source) == dtype:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _widens(before: fx.Node, after: fx.Node) -> bool:
+    return dtype_of(after) in WIDER.get(dtype_of(before) or torch.bool, frozenset())
+
+
+REMOVE_CASTS = simple_pass("remove_casts", remove_casts)

@@ -11,13 +11,14 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
+# pip says errors only; the lines that make prints are the progress.
 # The demo's options; empty means its default.
 MODEL ?=
 DATASET ?=
 STEPS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OPTIONS := $(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)") $(if $(STEPS),--steps $(STEPS))
 
 .PHONY: help demo test lint fix bench-step bench-curve wheel clean

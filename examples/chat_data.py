@@ -75,8 +75,8 @@ def tokenize(
 ) -> list[dict[str, list[int]]]:
     """input_ids, attention_mask and labels per conversation; labels of the prompt are -100.
 
-    With ``chat`` the tokenizer's chat template is used where it has one; otherwise the answer follows the prompt on a
-    new line.
+    With ``chat`` the tokenizer's chat template is used where it has one; otherwise the answer follows the prompt after
+    an empty line, between the tokenizer's marks for beginning and end.
     """
     examples = []
     for item in conversations:
@@ -115,8 +115,9 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, lis
 
 def _texts(item: Conversation, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, str]:
     if not chat or tokenizer.chat_template is None:
-        prompt = "\n".join(message["content"] for message in item.prompt) + "\n"
-        return prompt, prompt + item.answer + (tokenizer.eos_token or "")
+        paragraphs = [*(message["content"] for message in item.prompt), ""]
+        prompt = str(tokenizer.bos_token or "") + "\n\n".join(paragraphs)
+        return prompt, prompt + item.answer + str(tokenizer.eos_token or "")
     answered = [*item.prompt, {"role": "assistant", "content": item.answer}]
     asked_text = str(tokenizer.apply_chat_template(item.prompt, tokenize=False, add_generation_prompt=True))
     answered_text = str(tokenizer.apply_chat_template(answered, tokenize=False))

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 VARIANTS = {
-    "plain": "plain bf16\n(bf16 weights, torch AdamW)",
-    "mixed": "mixed\n(fp32 weights, bf16=True)",
-    "fxopt": "fxopt bf16\n(fxopt.optimize + optimizer)",
-    "fp32": "fp32\n(fp32 weights and compute)",
+    "plain": ("plain bf16", "bf16 weights, torch's AdamW: what from_pretrained(dtype=bfloat16) gives"),
+    "mixed": ("mixed", "fp32 weights under bf16 autocast: Trainer's bf16=True"),
+    "fxopt": ("fxopt bf16", 'fxopt.optimize(model, "bf16") and fxopt.optimizer(model)'),
+    "fp32": ("fp32", "fp32 weights and compute"),
 }
 
 
@@ -51,8 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     figures: dict[str, dict[str, Any]] = {}
     for number, variant in enumerate(variants, start=1):
-        headline = VARIANTS[variant].replace("\n", " ")
-        console.print(f"[bold]{number}/{len(variants)}  {headline}[/bold]: {options.steps} steps")
+        title, meaning = VARIANTS[variant]
+        console.print(
+            f"[bold]{number}/{len(variants)}  {title}[/bold]: {meaning}; {options.steps} steps", soft_wrap=True
+        )
         settings = {
             "variant": variant,
             "model": _absolute(model),
@@ -91,13 +93,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def table(figures: dict[str, dict[str, Any]]) -> Table:
     """One column per variant, and where both are there, fxopt's share of plain bf16."""
-    shown = Table(title="Fine-tuning, measured in fresh processes")
-    shown.add_column("")
+    shown = Table(title="Fine-tuning, each variant in a fresh process")
+    shown.add_column("", no_wrap=True)
     for variant in figures:
-        shown.add_column(VARIANTS[variant], justify="right")
+        shown.add_column(VARIANTS[variant][0], justify="right")
     compare = {"plain", "fxopt"} <= set(figures)
     if compare:
-        shown.add_column("fxopt /\nplain bf16", justify="right")
+        shown.add_column("fxopt / plain", justify="right")
     rows = (
         ("seconds per step (median)", "seconds_per_step", "{:.2f}", 1.0),
         ("peak memory above idle, MB", "peak_memory_bytes", "{:.0f}", 1e-6),

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -171,7 +170,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, batches: list[Batch], autocast: Callable[[], Any]) -> float:
+def held_out_loss(model: Any, batches: list[Batch], autocast: Callable[[], Any]) -> float:
     """Mean loss per labelled token over all batches."""
     model.eval()
     total = count = 0.0
@@ -187,7 +186,7 @@ def held_out_loss(model: PreTrainedModel, batches: list[Batch], autocast: Callab
 
 @torch.no_grad()
 def exact_matches(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     test: list[Conversation],
     settings: Settings,
@@ -218,7 +217,7 @@ def final_answer(text: str) -> str:
     return found[-1].replace(",", "") if found else text.strip()
 
 
-def _explain(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+def _explain(model: Any, folder: Path) -> dict[str, str]:
     """Writes what fxopt changed: the report as text, and the graph before and after."""
     report, diff = folder / "report.txt", folder / "graph_diff.html"
     report.write_text(f"{fxopt.report(model)}\n")

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxopt.passes.separate_logits import deferred
+from fxopt.rewrite.graph import remove_dead_code
 
 
 class DeferredValue:
@@ -69,7 +70,7 @@ def defer_marked_outputs(module: fx.GraphModule) -> Callable[[Callable[..., Any]
     for marker in markers:
         marker.replace_all_uses_with(marker.args[0])
         graph.erase_node(marker)
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     module.recompile()
 
     def wrap(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,8 +132,7 @@ def _deferring(output_class: type[Any]) -> type[Any]:
 
         def __getitem__(self, key: Any) -> Any:
             if isinstance(key, str):
-                _reveal(self, key, dict.get(self, key))
-                return super().__getitem__(key)
+                return _reveal(self, key, dict.__getitem__(self, key))
             # Only what the index selects is touched: `outputs[0]` is the loss and computes no logits.
             names = list(self.keys())[key]
             return self[names] if isinstance(names, str) else tuple(self[name] for name in names)

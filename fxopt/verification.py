@@ -20,9 +20,10 @@ SLACK = 1.1
 
 @dataclass(frozen=True)
 class Comparison:
-    """One value: its largest error against float32 in the original and in the optimized model.
+    """One value: its error against float32 in the original and in the optimized model.
 
-    Errors are relative to the value's largest element. `allowed` is 1.1 × the original's error plus one rounding.
+    Errors are root mean squares, relative to the value's own. `allowed` is 1.1 × the original's error plus one
+    rounding in the model's dtype.
     """
 
     name: str
@@ -72,11 +73,11 @@ def verify(model: nn.Module, forward: OptimizedForward, batch: Mapping[str, Any]
     exact.__dict__.pop("forward", None)
     truth = _loss_and_gradients(exact, exact.forward, batch, rng)
     torch.set_rng_state(rng)
+    rounding = max(torch.finfo(p.dtype).eps for p in optimized.parameters() if p.is_floating_point()) / 2
     comparisons = []
     for name, value in truth.items():
-        scale = max(float(value.abs().max()), torch.finfo(torch.float32).tiny)
-        errors = [float((side[name].float() - value).abs().max()) / scale for side in (was_original, was_optimized)]
-        rounding = torch.finfo(was_original[name].dtype).eps / 2
+        scale = max(_root_mean_square(value), torch.finfo(torch.float32).tiny)
+        errors = [_root_mean_square(side[name].float() - value) / scale for side in (was_original, was_optimized)]
         comparisons.append(Comparison(name, errors[0], errors[1], SLACK * errors[0] + rounding))
     losses = [float(side["loss"]) for side in (truth, was_original, was_optimized)]
     if any(math.isnan(loss) for loss in losses) and not all(math.isnan(loss) for loss in losses):
@@ -94,3 +95,7 @@ def _loss_and_gradients(
         gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     values = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
     return {"loss": loss.detach(), **values}
+
+
+def _root_mean_square(value: Tensor) -> float:
+    return float(value.double().square().mean().sqrt())

@@ -285,16 +285,16 @@ def _update_in_chunks(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Ro
 
 
 def _batches(slots: list[_Slot]) -> Iterator[list[_Slot]]:
-    """The chunks of all parameters in order, small ones together, each batch CHUNK_NUMEL elements or a few more."""
+    """The chunks of all parameters in order, small ones together, at most CHUNK_NUMEL elements a batch."""
     batch: list[_Slot] = []
     numel = 0
     for slot in slots:
         for chunk in slot.chunks():
-            batch.append(chunk)
-            numel += chunk.param.numel()
-            if numel >= CHUNK_NUMEL:
+            if batch and numel + chunk.param.numel() > CHUNK_NUMEL:
                 yield batch
                 batch, numel = [], 0
+            batch.append(chunk)
+            numel += chunk.param.numel()
     if batch:
         yield batch
 

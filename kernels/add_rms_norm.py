@@ -2,10 +2,10 @@
 
 Source: the pre-norm residual stream of transformers `LlamaDecoderLayer.forward`; the norm as in `rms_norm.py`.
 Shapes: x (..., D), residual (..., D), weight (D,) -> summed (..., D), normed (..., D), both in x's dtype.
-The sum is rounded to x's dtype, as eager code rounds it; the norm of that sum accumulates in float32 (float64 for float64).
+The sum is rounded to x's dtype, as eager code rounds it; its norm accumulates in float32 (float64 for float64 inputs).
 Gradient: both inputs receive dsummed + (the gradient of rms_norm at `summed`).
-Bytes that must move: forward reads x and residual and writes summed and normed; backward reads summed, dsummed and dnormed
-and writes one gradient for both inputs. Saved: summed and weight only.
+Bytes that must move: forward reads x and residual and writes summed and normed; backward reads summed, dsummed and
+dnormed and writes one gradient for both inputs. Saved: summed and weight only.
 """
 
 import torch
@@ -36,7 +36,7 @@ def _add_rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, summed_ptr, normed_ptr, num_rows, x_stride, residual_stride,
     EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (rows < num_rows) & (cols < D)
 
@@ -61,9 +61,9 @@ def _add_rms_norm_bwd_kernel(
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
     dweight = tl.zeros([ROWS, BLOCK], dtype=DTYPE)
 
-    # Each program takes every num_programs-th tile and writes one row of partial sums: no atomics, the same sum each run.
+    # A program takes every num_programs-th tile and writes one row of partial sums: no atomics, the same sum each run.
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        rows = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (rows < num_rows) & (cols < D)
         summed = tl.load(summed_ptr + rows * summed_stride + cols, mask=mask, other=0.0).to(DTYPE)
         dsummed = tl.load(dsummed_ptr + rows * dsummed_stride + cols, mask=mask, other=0.0).to(DTYPE)

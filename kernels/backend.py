@@ -55,7 +55,7 @@ def row_blocks(rows: Tensor) -> Iterator[slice]:
 
 
 def row_tile(num_cols: int) -> dict[str, int]:
-    """Launch arguments for a kernel that holds whole rows: ROWS x BLOCK elements in one program of `num_warps` warps."""
+    """Launch arguments of a kernel that holds whole rows: ROWS x BLOCK elements in a program of `num_warps` warps."""
     block = triton.next_power_of_2(num_cols)
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 

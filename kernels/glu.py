@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, as_rows, on_device, tl, triton, triton_dtype
 
-_BLOCK = 1024
+BLOCK = 1024
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -89,9 +89,10 @@ def _swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
     num_rows, D = gate_rows.shape
     if num_rows:
         with on_device(gate):
-            _swiglu_fwd_kernel[(num_rows, triton.cdiv(D, _BLOCK))](
-                gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0), D=D, BLOCK=_BLOCK, DTYPE=triton_dtype(gate)
-            )
+            _swiglu_fwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
+                gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0),
+                D=D, BLOCK=BLOCK, DTYPE=triton_dtype(gate),
+            )  # fmt: skip
     return y
 
 
@@ -115,9 +116,9 @@ def _swiglu_backward_triton(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tenso
     num_rows, D = gate_rows.shape
     if num_rows:
         with on_device(gate):
-            _swiglu_bwd_kernel[(num_rows, triton.cdiv(D, _BLOCK))](
+            _swiglu_bwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
                 dy_rows, gate_rows, up_rows, dgate, dup, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
-                D=D, BLOCK=_BLOCK, DTYPE=triton_dtype(gate),
+                D=D, BLOCK=BLOCK, DTYPE=triton_dtype(gate),
             )  # fmt: skip
     return dgate, dup
 

@@ -1,33 +1,34 @@
 """Linear layer and cross-entropy without the logits:  loss = cross_entropy(hidden @ weightᵀ + bias, labels).
 
-Source: `torch.nn.functional.cross_entropy`; computing the gradient chunk by chunk beside the loss follows Hsu et al., "Liger
-Kernel", arXiv:2410.10989; compare Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
-Shapes: hidden (..., D), weight (V, D), bias (V,), labels (...) int64 -> loss, float32 (float64 for float64 inputs): a scalar, or
-labels' shape for reduction "none". Labels are already shifted.
-Softmax statistics are float32 whatever the dtype (float64 for float64). The logits are rounded once to hidden's dtype, as eager
-code rounds them; dlogits are scaled in float32 and rounded once; the weight's gradient is summed over chunks in float32.
-Gradient, with p = softmax(logits) of one row and s the row's share of the loss (1 / number of labels for "mean"):
-    dlogits = s * (p - onehot(label)),   dhidden = dlogits @ weight,   dweight = dlogitsᵀ @ hidden,   dbias = Σ_rows dlogits
-Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them waits for
-the device once). The rest go through one reused buffer of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in which dlogits
-replace the logits. For "mean" and "sum" the gradients are computed with the loss and saved; for "none" they are computed in
-the backward, chunk by chunk again.
+Source: `torch.nn.functional.cross_entropy`; computing the gradient chunk by chunk beside the loss follows Hsu et al.,
+"Liger Kernel", arXiv:2410.10989; compare Wijmans et al., "Cut Your Losses", arXiv:2411.09009.
+Shapes: hidden (..., D), weight (V, D), bias (V,), labels (...) int64 -> loss, float32 (float64 for float64 inputs): a
+scalar, or labels' shape for reduction "none". Labels are already shifted.
+Softmax statistics are float32 (float64 for float64 inputs). The logits are rounded to hidden's dtype, as eager code
+rounds them; dlogits are scaled in float32 and rounded once; dweight is summed over chunks in float32.
+Gradient, with p = softmax(logits) of a row and s the row's share of the loss (1 / number of labels for "mean"):
+    dlogits = s * (p - onehot(label)), dhidden = dlogits @ weight, dweight = dlogitsᵀ @ hidden, dbias = Σ_rows dlogits
+Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them
+waits for the device once). The rest go through one reused buffer of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in
+which dlogits replace the logits. For "mean" and "sum" the gradients are computed with the loss and saved; for "none"
+they are computed in the backward, chunk by chunk again.
 Bytes that must move: hidden and weight, their gradients, and 3 passes over the buffer for each chunk.
 """
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, on_device, tl, triton, triton_dtype
 
 CHUNK_ROWS = 512  # matrix products are at full speed from 256 rows on
 CHUNK_BYTES = 64 * 2**20
-_SOFTMAX_BYTES = 8 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
+_SOFTMAX_BYTES = 4 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
 _VOCABULARY_BLOCK = 2048  # rows of the weight's gradient that the CPU adds up at a time
+BLOCK = 4096  # columns that a Triton program holds at a time
 _REDUCTIONS = ("mean", "sum", "none")
 
 # (logits (n, V), labels (n,), scales (n,) or None, losses (n,)): fills losses; with scales, replaces logits by dlogits.
@@ -112,7 +113,9 @@ def linear_cross_entropy(
         IndexError: a label out of range (on a GPU a device-side assertion).
     """
     if reduction not in _REDUCTIONS:
-        raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}; it must be one of {', '.join(_REDUCTIONS)}")
+        raise ValueError(
+            f"linear_cross_entropy: reduction is {reduction!r}; it must be one of {', '.join(_REDUCTIONS)}"
+        )
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} "
@@ -168,7 +171,8 @@ def _loss_and_grads(
     chunks = _chunks(num_kept, vocabulary * hidden.element_size())
     # With one chunk its products are the gradients; sums over several are kept in float32.
     sum_dtype = dtype if len(chunks) > 1 else weight.dtype
-    losses = hidden.new_empty(num_kept, dtype=dtype)
+    # A row's loss and their sum are float64 where the device has it: few numbers, and no luck in the last digit.
+    losses = hidden.new_empty(num_kept, dtype=torch.float64 if hidden.device.type in ("cpu", "cuda") else dtype)
     buffer = hidden.new_empty(max((chunk.stop - chunk.start for chunk in chunks), default=0), vocabulary)
     dhidden = hidden.new_empty(hidden.shape if want_hidden else 0)
     dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=sum_dtype)
@@ -194,7 +198,7 @@ def _loss_and_grads(
         loss = losses if all_kept else losses.new_zeros(num_rows).index_copy_(0, kept_rows, losses)
     else:
         loss = losses.sum() if reduction == "sum" else losses.mean()
-    return loss, dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return loss.to(dtype), dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 def _chunks(num_rows: int, row_bytes: int) -> list[slice]:
@@ -202,11 +206,11 @@ def _chunks(num_rows: int, row_bytes: int) -> list[slice]:
     most = max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
     num_chunks = -(-num_rows // most)
     bounds = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else []
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; where total is wider than a and b, in blocks of rows, so that no product of total's size is held."""
+    """total += a @ b; where total is wider than a and b, in blocks of rows: no product of total's size is held."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
@@ -228,9 +232,9 @@ def _softmax_rows(logits: Tensor, labels: Tensor, scales: Tensor | None, losses:
 
     `torch.logsumexp` would be one call, and twenty times slower on the CPU.
     """
-    dtype, num_rows = losses.dtype, logits.shape[0]
+    num_rows = logits.shape[0]
     step = max(1, _SOFTMAX_BYTES // (4 * logits.shape[1]))
-    scratch = logits.new_empty(min(step, num_rows), logits.shape[1], dtype=dtype)
+    scratch = logits.new_empty(min(step, num_rows), logits.shape[1], dtype=compute_dtype(logits))
     for start in range(0, num_rows, step):
         block = slice(start, min(start + step, num_rows))
         label = labels[block].unsqueeze(1)
@@ -248,7 +252,7 @@ def _softmax_rows_triton(logits: Tensor, labels: Tensor, scales: Tensor | None, 
     with on_device(logits):
         _softmax_rows_kernel[(logits.shape[0],)](
             logits, labels, scales if scales is not None else losses, losses, logits.shape[1],
-            HAS_SCALES=scales is not None, BLOCK=4096, DTYPE=triton_dtype(logits), num_warps=8,
+            HAS_SCALES=scales is not None, BLOCK=BLOCK, DTYPE=triton_dtype(logits), num_warps=8,
         )  # fmt: skip
 
 
@@ -329,21 +333,26 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*output[1:])
 
 
-@once_differentiable
 def _backward(ctx, dloss: Tensor | None, *_: None):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy can be differentiated only once, and create_graph=True asks for more; "
+            "use torch.nn.functional.cross_entropy on the logits there"
+        )
     wanted = ctx.needs_input_grad[:3]
+    nothing_else = [None] * 6  # labels, ignore_index, reduction and the three flags have no gradient
     if dloss is None:
-        grads = (None, None, None)
-    elif ctx.reduction == "none":
+        return None, None, None, *nothing_else
+    if ctx.reduction == "none":
         hidden, weight, bias, labels = ctx.saved_tensors
         grads = torch.ops.fxopt.linear_cross_entropy_backward(
             dloss, hidden, weight, bias, labels, ctx.ignore_index, *wanted
         )
     else:
-        # Scaling in place spares a copy of the weight's gradient; not if this graph may be walked a second time.
-        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
-        grads = tuple(scale(grad, dloss) if want else None for grad, want in zip(ctx.saved_tensors, wanted, strict=True))
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *([None] * 6)
+        # Scaling in place spares a copy of the weight's gradient; not if the graph may be walked again or is traced.
+        in_place = type(dloss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = [grad.mul_(dloss) if in_place else grad * dloss for grad in ctx.saved_tensors]
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *nothing_else
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -1,6 +1,6 @@
 """RMSNorm:  y = x / sqrt(mean(x²) + eps) * weight,  the mean over the last dimension.
 
-Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467; transformers `LlamaRMSNorm.forward`.
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467; transformers `LlamaRMSNorm`.
 Shapes: x (..., D), weight (D,) -> (..., D), in x's dtype. The weight may have another dtype than x.
 Accumulates in float32 (float64 for float64 inputs) and rounds once, at the store.
 Gradient, with r = 1 / sqrt(mean(x²) + eps) and x̂ = x * r:
@@ -37,7 +37,7 @@ def _rms_norm_fwd_kernel(
     x_ptr, weight_ptr, y_ptr, num_rows, x_stride,
     EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (rows < num_rows) & (cols < D)
 
@@ -56,9 +56,9 @@ def _rms_norm_bwd_kernel(
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
     dweight = tl.zeros([ROWS, BLOCK], dtype=DTYPE)
 
-    # Each program takes every num_programs-th tile and writes one row of partial sums: no atomics, the same sum each run.
+    # A program takes every num_programs-th tile and writes one row of partial sums: no atomics, the same sum each run.
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        rows = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (rows < num_rows) & (cols < D)
         x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(DTYPE)
         dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(DTYPE)
@@ -90,7 +90,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) as x's last dimension")
+        raise ValueError(
+            f"rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) as x's last dimension"
+        )
     return torch.ops.fxopt.rms_norm(x, weight, eps)
 
 
@@ -176,6 +178,5 @@ _rms_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _reciprocal_rms(h: Tensor, eps: float) -> Tensor:
-    """(N, D) -> (N, 1): 1 / sqrt(mean(h²) + eps), without a temporary of h's size."""
-    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-    return norm.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+    """(N, D) -> (N, 1): 1 / sqrt(mean(h²) + eps)."""
+    return h.square().mean(-1, keepdim=True).add_(eps).rsqrt_()

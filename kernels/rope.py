@@ -1,13 +1,13 @@
-"""Rotary position embedding, half-split:  y = x * cos + rotate_half(x) * sin,  rotate_half([a, b]) = [-b, a].
+"""Rotary position embedding:  y = x * cos + rotate_half(x) * sin,  rotate_half([a, b]) = [-b, a].
 
 Source: Su et al., "RoFormer", arXiv:2104.09864; transformers `apply_rotary_pos_emb` of Llama.
-Shapes: x (B, H, S, D) of any strides, cos and sin broadcastable to x with last dimension D -> (B, H, S, D), in x's dtype and,
-where x is dense, with x's strides (queries and keys usually come as a transposed (B, S, H, D)).
-The two halves of cos and sin may differ. Triton calculates in float32 (float64 for float64) and rounds once; the CPU calculates
-in x's dtype and rounds once less than eager code.
+Shapes: x (B, H, S, D) of any strides, cos and sin broadcastable to x with last dimension D -> (B, H, S, D), in x's
+dtype and, where x is dense, with x's strides (queries and keys usually come as a transposed (B, S, H, D)).
+The two halves of cos and sin may differ. Triton calculates in float32 (float64 for float64 inputs) and rounds once; the
+CPU calculates in x's dtype and rounds once less than eager code.
 Gradient, with halves 1 and 2 of the last dimension:
     dx₁ = dy₁ * cos₁ + dy₂ * sin₂,   dx₂ = dy₂ * cos₂ - dy₁ * sin₁,   dcos = Σ dy * x,   dsin = Σ dy * rotate_half(x)
-Bytes that must move: forward reads x and writes y, backward reads dy and writes dx; cos and sin are shared by all heads.
+Bytes that must move: forward reads x and writes y, backward reads dy and writes dx; all heads share cos and sin.
 Saved: cos and sin; x only if cos or sin need a gradient.
 """
 
@@ -29,7 +29,7 @@ def _rope_kernel(
     sin_stride_b, sin_stride_h, sin_stride_s, y_stride_b, y_stride_h, y_stride_s,
     BACKWARD: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (rows < num_rows) & (cols < HALF)
     b, s, h = rows // (H * S), rows // H % S, rows % H  # heads fastest: neighbours share a row of cos and sin

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import fx
 
 from fxopt.passes.canonicalize import merge_equal_nodes
+from fxopt.rewrite.graph import remove_dead_code
 from fxopt.rewrite.pipeline import simple_pass
 
 
 def cleanup(graph: fx.Graph) -> None:
-    """Compute equal things once, and drop dead code. Writes, random numbers and mode switches stay."""
+    """Compute equal things once, and drop what nobody uses."""
     merge_equal_nodes(graph)
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
 
 
 CLEANUP = simple_pass("cleanup", cleanup)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from fxopt.rewrite.graph import dtype_of, module_path, shape_of, source_line, tensor_of, value_of
+from fxopt.rewrite.graph import dtype_of, module_path, outermost, shape_of, source_line, tensor_of, value_of
 from fxopt.rewrite.match import NearMiss
 from fxopt.rewrite.pipeline import Change, Outcome, Pass
 from fxopt.rewrite.prove import Prover
@@ -43,7 +43,7 @@ def restore_causal_attention(graph: fx.Graph, prover: Prover | None) -> Outcome:
     reasons: dict[fx.Node, str] = {}
     for node in graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
         arguments = arguments_of(node)
-        mask = arguments["attn_mask"]
+        mask = outermost(arguments["attn_mask"])
         if not isinstance(mask, fx.Node) or arguments["is_causal"]:
             continue
         query, key = shape_of(arguments["query"]), shape_of(arguments["key"])

@@ -72,6 +72,11 @@ def is_random(node: fx.Node) -> bool:
     return any(word in name for word in ("rand", "dropout", "bernoulli", "multinomial", "normal_", "exponential"))
 
 
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Drop nodes that nobody uses. Writes, random numbers and mode switches stay, used or not."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or is_mutating(node) or is_random(node))
+
+
 def source_line(node: fx.Node) -> str:
     """`file.py:line: code` of the innermost line of model source that a node comes from, or ''."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
@@ -97,6 +102,31 @@ def graph_modules(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
     for module in root.modules():
         if isinstance(module, fx.GraphModule):
             yield module
+
+
+def link_inner_graphs(root: fx.GraphModule) -> None:
+    """Let the placeholders of inner graphs know what they are called with, for `outermost`.
+
+    An inner graph is called as `operator(inner, *arguments)`: activation checkpointing does it so.
+    """
+    for module in graph_modules(root):
+        for inner in module.graph.find_nodes(op="get_attr"):
+            body = getattr(module, str(inner.target), None)
+            if not isinstance(body, fx.GraphModule):
+                continue
+            placeholders = list(body.graph.find_nodes(op="placeholder"))
+            for caller in inner.users:
+                arguments = caller.args[caller.args.index(inner) + 1 :]
+                if len(inner.users) == 1 and len(arguments) == len(placeholders):
+                    for placeholder, argument in zip(placeholders, arguments, strict=True):
+                        placeholder.meta["fxopt_argument"] = argument
+
+
+def outermost(node: Any) -> Any:
+    """What an inner graph's placeholder stands for in the graph around it; any other node stands for itself."""
+    while isinstance(node, fx.Node) and node.op == "placeholder" and "fxopt_argument" in node.meta:
+        node = node.meta["fxopt_argument"]
+    return node
 
 
 def fill_in_values(nodes: list[fx.Node], like: fx.Node) -> None:

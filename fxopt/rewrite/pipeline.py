@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from fxopt.rewrite.graph import graph_modules, module_path, source_line
+from fxopt.rewrite.graph import graph_modules, link_inner_graphs, module_path, source_line
 from fxopt.rewrite.match import NearMiss, Rule, find_matches
 from fxopt.rewrite.prove import Proof, Prover
 from fxopt.rewrite.replace import put_in_place, rewrite_of
@@ -145,6 +145,7 @@ class Pipeline:
     def _run_pass(step: Pass, module: fx.GraphModule, prover: Prover | None) -> PassRecord:
         start, before = time.perf_counter(), _num_nodes(module)
         outcome = Outcome()
+        link_inner_graphs(module)
         for inner in graph_modules(module):
             outcome.extend(step.run(inner.graph, prover))
         elapsed_ms = 1e3 * (time.perf_counter() - start)

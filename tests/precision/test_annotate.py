@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fxopt.precision.annotate import annotate, parameter_precisions, policy_of
@@ -62,6 +69,25 @@ def test_what_the_author_keeps_in_float32_stays(tmp_path: Path) -> None:
     kept = {name for name, precision in parameter_precisions(model).items() if precision.storage == torch.float32}
     assert kept and all("gate.weight" in name or "moe_statics" in name for name in kept)
     assert all(parameter_precisions(model)[name].rounding == "nearest" for name in kept)
+
+
+def test_position_tables_stay(tmp_path: Path) -> None:
+    """GPT-J's table of sines is no `inv_freq`, and stays float32 all the same."""
+    config = GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=96, n_positions=32)
+    model = GPTJForCausalLM(config)
+    assert_as_loaded(model, tmp_path)
+    assert model.transformer.h[0].attn.embed_positions.dtype == torch.float32
+
+
+class Keeping(LlamaForCausalLM):
+    _keep_in_fp32_modules_strict = ("input_layer*norm", "q_proj")
+
+
+def test_patterns_of_what_stays_are_followed(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    model = Keeping(llama.config)
+    assert_as_loaded(model, tmp_path)
+    assert model.model.layers[1].self_attn.q_proj.weight.dtype == torch.float32
+    assert model.model.layers[1].input_layernorm.weight.dtype == torch.float32
 
 
 def test_in_place(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None:

@@ -149,6 +149,14 @@ def test_the_seed_matters_and_repeats(llama: LlamaForCausalLM, tokens: Tensor) -
     assert any(not torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
 
 
+def test_equal_parameters_round_differently() -> None:
+    first, second = vector(), vector()
+    for parameter in (first, second):
+        parameter.grad = torch.ones_like(parameter)
+    AdamW([first, second]).step()
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_copies_train_on_alike(llama: LlamaForCausalLM, tokens: Tensor, clone: Callable[..., object]) -> None:
     opt = optimizer(annotate(llama, "bf16"))

@@ -1,0 +1,173 @@
+"""The ops against eager code on the CPU, and what their Triton kernels take of a GPU, which need not be there.
+
+Milliseconds are the best of ``--repeats`` runs of forward and of forward + backward in bfloat16, at SmolLM2-135M's sizes.
+Registers, spills and shared memory are the assembler's own figures for the kernels compiled ahead of time.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fxopt.kernels import add_rms_norm, glu, linear_cross_entropy, rms_norm, rope
+from fxopt.kernels.backend import TRITON_DEVICES, row_tile, tl, triton
+
+HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCABULARY = 576, 1536, 9, 64, 49152
+
+TARGETS = {"cuda:80": ("cuda", 80, 32), "cuda:90": ("cuda", 90, 32), "hip:gfx942": ("hip", "gfx942", 64)}
+FLOAT32 = getattr(tl, "float32", None)
+NORM = {"EPS": 1e-6, "D": HIDDEN, "DTYPE": FLOAT32} | (row_tile(HIDDEN) if TRITON_DEVICES else {})
+GLU = {"D": INTERMEDIATE, "BLOCK": glu.BLOCK, "DTYPE": FLOAT32}
+ROPE = {"HALF": HEAD_DIM // 2, "ROWS": 32, "BLOCK": 32, "DTYPE": FLOAT32}
+SOFTMAX = {"BLOCK": linear_cross_entropy.BLOCK, "DTYPE": FLOAT32, "num_warps": 8}
+
+# name -> kernel, constants, and pointers to another type than the tensors'
+KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
+    "rms_norm forward": (rms_norm._rms_norm_fwd_kernel, NORM, {}),
+    "rms_norm backward": (rms_norm._rms_norm_bwd_kernel, NORM, {"dweight_ptr": "*fp32"}),
+    "add_rms_norm forward": (add_rms_norm._add_rms_norm_fwd_kernel, NORM, {}),
+    "add_rms_norm backward": (add_rms_norm._add_rms_norm_bwd_kernel, NORM, {"dweight_ptr": "*fp32"}),
+    "swiglu forward": (glu._swiglu_fwd_kernel, GLU, {}),
+    "swiglu backward": (glu._swiglu_bwd_kernel, GLU, {}),
+    "rope forward": (rope._rope_kernel, ROPE | {"BACKWARD": False}, {}),
+    "rope backward": (rope._rope_kernel, ROPE | {"BACKWARD": True}, {}),
+    "linear_cross_entropy loss": (
+        linear_cross_entropy._softmax_rows_kernel,
+        SOFTMAX | {"HAS_SCALES": False},
+        {"labels_ptr": "*i64", "scales_ptr": "*fp64", "losses_ptr": "*fp64"},
+    ),
+    "linear_cross_entropy loss and gradient": (
+        linear_cross_entropy._softmax_rows_kernel,
+        SOFTMAX | {"HAS_SCALES": True},
+        {"labels_ptr": "*i64", "scales_ptr": "*fp32", "losses_ptr": "*fp64"},
+    ),
+}
+
+
+def compile_ahead(name: str, dtype: str, target: str) -> Any:
+    """The compiled kernel: `.asm` (ttir, ptx, cubin, amdgcn, hsaco) and `.metadata`."""
+    kernel, constants, pointers = KERNELS[name]
+    constants = dict(constants)
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    signature = {
+        arg: "constexpr" if arg in constants else pointers.get(arg, f"*{dtype}" if arg.endswith("_ptr") else "i32")
+        for arg in kernel.arg_names
+    }
+    # As at a launch: torch aligns its tensors to 16 bytes.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if arg.endswith("_ptr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048, help="rows of one batch (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="runs of each, the best counts (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    console = Console()
+    console.print(time_table(options.tokens, options.repeats))
+    if TRITON_DEVICES:
+        console.print(resource_table())
+    return 0
+
+
+def time_table(tokens: int, repeats: int) -> Table:
+    table = Table(
+        "op", "forward: eager", "fxopt", "forward + backward: eager", "fxopt", title=f"ms, {tokens} tokens, CPU"
+    )
+    for name, (op, reference, inputs) in cases(tokens).items():
+        row = []
+        for backward in (False, True):
+            for function in (reference, op):
+                row.append(f"{best_ms(function, inputs, backward, repeats):.2f}")
+        table.add_row(name, *row)
+    return table
+
+
+def cases(tokens: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Any]]]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).bfloat16().requires_grad_()
+
+    x, residual, weight = random(tokens, HIDDEN), random(tokens, HIDDEN), random(HIDDEN)
+    queries = random(1, tokens, HEADS, HEAD_DIM).detach().transpose(1, 2).requires_grad_()
+    cos, sin = random(1, 1, tokens, HEAD_DIM).detach(), random(1, 1, tokens, HEAD_DIM).detach()
+    labels = torch.randint(0, VOCABULARY, (tokens,))
+    masked = labels.masked_fill(torch.rand(tokens) < 0.6, -100)
+    loss = (linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_reference)
+    head = random(VOCABULARY, HIDDEN)
+    return {
+        "rms_norm": (rms_norm.rms_norm, rms_norm.rms_norm_reference, [x, weight, 1e-5]),
+        "add_rms_norm": (
+            add_rms_norm.add_rms_norm,
+            add_rms_norm.add_rms_norm_reference,
+            [x, residual, weight, 1e-5],
+        ),
+        "swiglu": (glu.swiglu, glu.swiglu_reference, [random(tokens, INTERMEDIATE), random(tokens, INTERMEDIATE)]),
+        "rope": (rope.rope, rope.rope_reference, [queries, cos, sin]),
+        "linear_cross_entropy": (*loss, [x, head, labels]),
+        "linear_cross_entropy, 60 % ignored": (*loss, [x, head, masked]),
+    }
+
+
+def best_ms(function: Callable[..., Any], inputs: list[Any], backward: bool, repeats: int) -> float:
+    leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            outputs = function(*inputs)
+        if backward:
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+        best = min(best, time.perf_counter() - start)
+    return best * 1e3
+
+
+def resource_table() -> Table:
+    table = Table("kernel (bf16)", "target", "registers", "spilled bytes", "shared bytes", title="ahead of time")
+    for name in KERNELS:
+        for target in TARGETS:
+            table.add_row(name, target, *(str(figure) for figure in resources(name, target)))
+    return table
+
+
+def resources(name: str, target: str) -> tuple[int, int, int]:
+    """Registers a thread (vector registers on AMD), bytes spilled a thread, bytes of shared memory a program."""
+    binary = compile_ahead(name, "bf16", target)
+    shared = int(binary.metadata.shared)
+    if target.startswith("hip"):
+        text = binary.asm["amdgcn"]
+        return _figure(r"\.vgpr_count:\s*(\d+)", text), _figure(r"\.private_segment_fixed_size:\s*(\d+)", text), shared
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return _figure(r"REG:(\d+)", text), _figure(r"STACK:(\d+)", text), shared
+
+
+def _figure(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in the assembler's figures:\n{text}")
+    return int(match[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

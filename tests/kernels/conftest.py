@@ -1,0 +1,71 @@
+"""Every kernel test runs twice: on the path that this machine's device takes, and, in a process of its own, on the
+Triton kernels in Triton's interpreter (`test_interpreter.py`; by hand: `TRITON_INTERPRET=1 pytest tests/kernels`).
+
+A process of its own, because the interpreter must be chosen before Triton is first imported.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.kernels import add_rms_norm, glu, linear_cross_entropy, rms_norm, rope
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert_float = interpreter._convert_float
+
+    def convert_float_as_devices_do(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        """float32 to bfloat16 rounds to nearest even on every device; the interpreter cuts the bits off."""
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert_float(data, source, target, rounding)
+        bits = np.asarray(data, dtype=np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+    interpreter._convert_float = convert_float_as_devices_do
+
+    # Launch the Triton kernels for CPU tensors.
+    for op, launch in (
+        (rms_norm._rms_norm, rms_norm._rms_norm_triton),
+        (rms_norm._rms_norm_backward, rms_norm._rms_norm_backward_triton),
+        (add_rms_norm._add_rms_norm, add_rms_norm._add_rms_norm_triton),
+        (add_rms_norm._add_rms_norm_backward, add_rms_norm._add_rms_norm_backward_triton),
+        (glu._swiglu, glu._swiglu_triton),
+        (glu._swiglu_backward, glu._swiglu_backward_triton),
+        (rope._rope, rope._rope_triton),
+        (rope._rope_backward, rope._rope_backward_triton),
+        (linear_cross_entropy._linear_cross_entropy, linear_cross_entropy._linear_cross_entropy_triton),
+        (
+            linear_cross_entropy._linear_cross_entropy_backward,
+            linear_cross_entropy._linear_cross_entropy_backward_triton,
+        ),
+    ):
+        op.register_kernel("cpu", launch)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """NaN in the memory that `torch.empty` hands out, so that an element no kernel writes shows.
+
+    Each test has random numbers of its own, the same in each run.
+    """
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -1,0 +1,70 @@
+"""fxopt::swiglu against its reference."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.kernels.glu import swiglu, swiglu_reference
+from tests.accuracy import assert_op_as_accurate
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def inputs(*shape: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    gate, up = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(2))
+    return gate, up
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7,), (5, 3, 64), (33, 97), (2, 4097)], ids=str)
+def test_as_accurate_as_eager(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    assert_op_as_accurate(swiglu, swiglu_reference, *inputs(*shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides(dtype: torch.dtype, device: str) -> None:
+    joint = torch.randn(6, 5, 96, device=device).to(dtype)
+    for gate, up in (joint.chunk(2, -1), joint[:3].transpose(0, 1).chunk(2, -1), (joint[..., ::2], joint[..., 48:])):
+        assert_op_as_accurate(swiglu, swiglu_reference, gate.detach().requires_grad_(), up.detach().requires_grad_())
+
+
+def test_large_values_do_not_overflow(device: str) -> None:
+    gate = torch.tensor([[-200.0, -90.0, 0.0, 90.0, 200.0]], device=device).requires_grad_()
+    assert_op_as_accurate(swiglu, swiglu_reference, gate, torch.ones_like(gate).requires_grad_())
+
+
+def test_gradients_in_float64(device: str) -> None:
+    assert torch.autograd.gradcheck(swiglu, inputs(3, 2, 9, dtype=torch.float64, device=device), fast_mode=True)
+
+
+def test_no_rows(device: str) -> None:
+    assert_op_as_accurate(swiglu, swiglu_reference, *inputs(0, 8, dtype=torch.bfloat16, device=device))
+
+
+def test_registration(device: str) -> None:
+    gate, up = inputs(4, 3, 16, dtype=torch.float32, device=device)
+    torch.library.opcheck(torch.ops.fxopt.swiglu, (gate, up))
+    torch.library.opcheck(torch.ops.fxopt.swiglu, (gate.transpose(0, 1), up.transpose(0, 1)))
+    torch.library.opcheck(torch.ops.fxopt.swiglu_backward, (gate.detach(), gate.detach(), up.detach()))
+
+
+def test_saves_its_inputs_only(device: str) -> None:
+    gate, up = inputs(4, 16, dtype=torch.bfloat16, device=device)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        swiglu(gate, up)
+    assert {t.data_ptr() for t in saved} == {gate.data_ptr(), up.data_ptr()}
+
+
+def test_a_second_derivative_is_an_error(device: str) -> None:
+    gate, up = inputs(4, 16, dtype=torch.float32, device=device)
+    (dgate,) = torch.autograd.grad(swiglu(gate, up).sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match="swiglu_backward"):
+        dgate.sum().backward()
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="last dimension must not be empty"):
+        swiglu(torch.ones(3, 0), torch.ones(3, 0))
+    with pytest.raises(ValueError, match=r"up is torch.bfloat16 \(3, 5\); it must be as gate, torch.float32 \(3, 5\)"):
+        swiglu(torch.ones(3, 5), torch.ones(3, 5).bfloat16())

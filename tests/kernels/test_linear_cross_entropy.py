@@ -1,0 +1,229 @@
+"""fxopt::linear_cross_entropy against its reference."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.kernels import linear_cross_entropy as kernel
+from fxopt.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from tests.accuracy import assert_op_as_accurate, outputs_and_gradients
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def inputs(
+    num_rows: int, D: int, V: int, *, dtype: torch.dtype, device: str, ignored: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(num_rows, D, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D, device=device) / math.sqrt(D)).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (num_rows,), device=device)
+    labels[torch.rand(num_rows, device=device) < ignored] = -100
+    return hidden, weight, labels
+
+
+def assert_accurate(*args: Any, **options: Any) -> None:
+    assert_op_as_accurate(linear_cross_entropy, linear_cross_entropy_reference, *args, **options)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(kernel, "_SOFTMAX_BYTES", 5000)
+    monkeypatch.setattr(kernel, "_VOCABULARY_BLOCK", 30)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 30, 70), (33, 40, 97), (20, 64, 5000)], ids=str)
+def test_as_accurate_as_eager(shape: tuple[int, int, int], dtype: torch.dtype, reduction: str, device: str) -> None:
+    assert_accurate(*inputs(*shape, dtype=dtype, device=device), reduction=reduction)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.6])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("small_chunks")
+def test_many_chunks(dtype: torch.dtype, reduction: str, ignored: float, device: str) -> None:
+    hidden, weight, labels = inputs(90, 24, 97, dtype=dtype, device=device, ignored=ignored)
+    bias = torch.randn(97, device=device).to(dtype).requires_grad_()
+    assert_accurate(hidden, weight, labels, bias=bias, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("needed", ["hidden", "weight", "bias"])
+@pytest.mark.usefixtures("small_chunks")
+def test_only_the_gradients_that_are_needed(needed: str, reduction: str, device: str, monkeypatch: Any) -> None:
+    """A frozen head, a frozen body; the flags keep the op from computing the other gradients."""
+    hidden, weight, labels = inputs(40, 24, 97, dtype=torch.bfloat16, device=device, ignored=0.3)
+    values = {"hidden": hidden, "weight": weight, "bias": torch.randn(97, device=device).bfloat16()}
+    values = {name: value.detach().requires_grad_(name == needed) for name, value in values.items()}
+    wanted = []
+    loop = kernel._loss_and_grads
+    monkeypatch.setattr(kernel, "_loss_and_grads", lambda *args: wanted.append(args[-3:]) or loop(*args))
+    assert_accurate(values["hidden"], values["weight"], labels, bias=values["bias"], reduction=reduction)
+    assert wanted[-1] == tuple(name == needed for name in values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tied_weight(dtype: torch.dtype, device: str) -> None:
+    _, table, labels = inputs(30, 24, 97, dtype=dtype, device=device)
+    tokens = torch.randint(0, 97, (30,), device=device)
+    assert_op_as_accurate(
+        lambda table: linear_cross_entropy(table[tokens], table, labels),
+        lambda table: linear_cross_entropy_reference(table[tokens], table, labels),
+        table,
+    )
+
+
+def test_strides_and_leading_dimensions(device: str) -> None:
+    hidden, weight, labels = inputs(24, 16, 50, dtype=torch.bfloat16, device=device, ignored=0.3)
+    hidden = hidden.detach().reshape(4, 6, 16).transpose(0, 1).requires_grad_()
+    weight = weight.detach().t().contiguous().t().requires_grad_()
+    labels = labels.reshape(4, 6).t()
+    for reduction in REDUCTIONS:
+        assert_accurate(hidden, weight, labels, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_nothing_to_count(num_rows: int, reduction: str, device: str) -> None:
+    """No rows, or all of them ignored: eager code's loss (nan for "mean") and its gradients, which are zero."""
+    hidden, weight, labels = inputs(num_rows, 8, 20, dtype=torch.bfloat16, device=device, ignored=2.0)
+    bias = torch.zeros(20, device=device).bfloat16().requires_grad_()
+    expected = outputs_and_gradients(
+        linear_cross_entropy_reference, hidden, weight, labels, bias=bias, reduction=reduction
+    )
+    found = outputs_and_gradients(linear_cross_entropy, hidden, weight, labels, bias=bias, reduction=reduction)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_another_ignore_index(device: str) -> None:
+    hidden, weight, labels = inputs(30, 8, 20, dtype=torch.float32, device=device)
+    assert_accurate(hidden, weight, labels, ignore_index=int(labels[0]))
+
+
+def test_extreme_logits(device: str) -> None:
+    hidden, weight, labels = inputs(30, 8, 20, dtype=torch.float32, device=device)
+    assert_accurate((hidden.detach() * 1000).requires_grad_(), weight, labels)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_in_float64(reduction: str, device: str) -> None:
+    hidden, weight, labels = inputs(20, 4, 6, dtype=torch.float64, device=device, ignored=0.3)
+    bias = torch.randn(6, dtype=torch.float64, device=device).requires_grad_()
+    assert linear_cross_entropy(hidden, weight, labels).dtype == torch.float64
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, bias=bias, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_retained_graph_gives_the_same_gradients_again(reduction: str, device: str) -> None:
+    hidden, weight, labels = inputs(12, 8, 20, dtype=torch.float32, device=device)
+    loss = 3 * linear_cross_entropy(hidden, weight, labels, reduction=reduction).mean()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for grad, total in zip(first, (hidden.grad, weight.grad), strict=True):
+        torch.testing.assert_close(total, 3 * grad)
+
+
+def test_without_gradients_none_is_computed(device: str) -> None:
+    hidden, weight, labels = inputs(12, 8, 20, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, labels).detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("softmax", ["_softmax_rows", "_softmax_rows_triton"])
+@pytest.mark.usefixtures("small_chunks")
+def test_never_holds_the_logits(softmax: str, device: str, monkeypatch: Any) -> None:
+    """One buffer of a chunk's rows is all there is, and ignored rows never enter it."""
+    seen: list[tuple[int, int]] = []
+    original = getattr(kernel, softmax)
+
+    def spy(logits: Tensor, *args: Any) -> None:
+        seen.append((logits.shape[0], logits.data_ptr()))
+        original(logits, *args)
+
+    monkeypatch.setattr(kernel, softmax, spy)
+    hidden, weight, labels = inputs(100, 8, 20, dtype=torch.bfloat16, device=device, ignored=0.5)
+    linear_cross_entropy(hidden, weight, labels).backward()
+    if not seen:
+        pytest.skip(f"{softmax} is not what this device runs")
+    assert sum(rows for rows, _ in seen) == (labels != -100).sum()
+    assert max(rows for rows, _ in seen) <= kernel.CHUNK_ROWS
+    assert len({address for _, address in seen}) == 1
+
+
+def test_chunks_bound_the_buffer() -> None:
+    for num_rows, row_bytes in ((0, 8), (1, 8), (513, 98304), (10_000, 512 * 1024), (3, kernel.CHUNK_BYTES * 2)):
+        chunks = kernel._chunks(num_rows, row_bytes)
+        assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        assert all(n <= kernel.CHUNK_ROWS and (n == 1 or n * row_bytes <= kernel.CHUNK_BYTES) for n in lengths)
+        assert not lengths or max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_registration(reduction: str, device: str) -> None:
+    hidden, weight, labels = inputs(6, 4, 10, dtype=torch.float32, device=device, ignored=0.3)
+    bias = torch.randn(10, device=device).requires_grad_()
+    flags = [reduction != "none"] * 3
+    torch.library.opcheck(torch.ops.fxopt.linear_cross_entropy, (hidden, weight, bias, labels, -100, reduction, *flags))
+    args = (torch.ones(6, device=device), hidden.detach(), weight.detach(), None, labels, -100, True, True, False)
+    torch.library.opcheck(torch.ops.fxopt.linear_cross_entropy_backward, args)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_traced_gradients_are_the_same(reduction: str, device: str) -> None:
+    hidden, weight, labels = inputs(12, 8, 20, dtype=torch.float32, device=device, ignored=0.3)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum() / 7
+
+    traced = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    for _ in range(2):
+        found = torch.autograd.grad(traced(hidden, weight), (hidden, weight))
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_second_derivative_is_an_error(device: str) -> None:
+    hidden, weight, labels = inputs(6, 4, 10, dtype=torch.float32, device=device)
+    with pytest.raises(RuntimeError, match="can be differentiated only once"):
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("label", [20, 1000, -1, -101])
+def test_labels_out_of_range(label: int) -> None:
+    hidden, weight, labels = inputs(6, 4, 20, dtype=torch.float32, device="cpu")
+    labels[3] = label
+    for function in (linear_cross_entropy_reference, linear_cross_entropy):
+        with pytest.raises(IndexError, match=f"Target {label} is out of bounds."):
+            function(hidden, weight, labels)
+
+
+def test_errors() -> None:
+    hidden, weight, labels = inputs(6, 4, 20, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="reduction is 'avg'; it must be one of mean, sum, none"):
+        linear_cross_entropy(hidden, weight, labels, reduction="avg")
+    with pytest.raises(ValueError, match=r"must have shapes \(\.\.\., D\) and \(V, D\)"):
+        linear_cross_entropy(hidden, weight.t(), labels)
+    with pytest.raises(ValueError, match=r"has 6 rows, but labels .* has 5 elements"):
+        linear_cross_entropy(hidden, weight, labels[:5])
+    with pytest.raises(ValueError, match="bias has shape"):
+        linear_cross_entropy(hidden, weight, labels, bias=torch.zeros(4))
+    with pytest.raises(RuntimeError, match=r"weight torch\.bfloat16.*must have one dtype"):
+        linear_cross_entropy(hidden, weight.bfloat16(), labels)
+    with pytest.raises(RuntimeError, match=r"labels are torch\.int32"):
+        linear_cross_entropy(hidden, weight, labels.int())

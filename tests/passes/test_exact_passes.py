@@ -1,0 +1,138 @@
+"""The passes that remove and restore: they change no value."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxopt.passes.pipelines import EXACT
+from fxopt.passes.separate_logits import deferred
+from tests.captured_graphs import captured, run_optimized, targets
+
+X = torch.randn(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: x.float() + 1, ["add"]),  # already float32
+        (lambda x: x.bfloat16().float().bfloat16() + 1, ["cast", "add"]),  # widened and narrowed back
+        (lambda x: x.bfloat16().float().double() + 1, ["cast", "cast", "add"]),  # widened twice
+        (lambda x: x.double().float() + 1, ["add"]),  # widened and narrowed back
+        (lambda x: x.bfloat16().half() + 1, ["cast", "cast", "add"]),  # float16 does not hold every bfloat16
+        (lambda x: x.bfloat16().float() + 1, ["cast", "cast", "add"]),  # narrowing changes values
+    ],
+)
+def test_only_redundant_casts_go(function, expected):
+    graph, result = run_optimized(EXACT, function, X)
+    assert targets(graph) == expected
+    assert torch.equal(result, function(X))
+
+
+def test_equal_nodes_are_computed_once():
+    graph, result = run_optimized(EXACT, lambda x: torch.sin(x) + torch.sin(x), X)
+    assert targets(graph) == ["sin", "add"]
+    assert torch.equal(result, 2 * X.sin())
+
+
+def test_random_nodes_are_not_merged():
+    graph, _ = run_optimized(EXACT, lambda x: torch.rand_like(x) - torch.rand_like(x), X)
+    assert targets(graph).count("rand_like") == 2
+
+
+def test_dropout_that_drops_nothing_goes():
+    graph, _ = run_optimized(EXACT, lambda x: F.dropout(x, 0.0, True) + F.dropout(x, 0.5, False), X)
+    assert targets(graph) == ["add"]
+    graph, _ = run_optimized(EXACT, lambda x: F.dropout(x, 0.5, True), X)
+    assert targets(graph) == ["dropout"]
+
+
+def test_nothing_is_merged_across_a_write():
+    def function(x):
+        before = torch.sin(x)
+        x.add_(1)
+        return before + torch.sin(x)
+
+    graph, result = run_optimized(EXACT, function, X.clone())
+    assert targets(graph).count("sin") == 2
+    assert torch.equal(result, function(X.clone()))
+
+
+def test_logits_are_copied_for_the_loss_and_merged_again_where_it_is_not_fused():
+    def function(hidden, weight, labels):
+        logits = F.linear(hidden, weight)
+        loss = F.cross_entropy(logits.float().view(-1, 61), labels)
+        return loss, deferred(logits)
+
+    def with_another_loss(hidden, weight, labels):
+        logits = F.linear(hidden, weight)
+        return (logits.float().view(-1, 61).logsumexp(-1) - labels).square().mean(), deferred(logits)
+
+    inputs = torch.randn(3, 7, 32).bfloat16(), torch.randn(61, 32).bfloat16(), torch.randint(0, 61, (21,))
+    graph, _ = run_optimized(EXACT, function, *inputs)
+    assert {"linear_cross_entropy", "linear", "deferred"} <= set(targets(graph))
+    graph, _ = run_optimized(EXACT, with_another_loss, *inputs)
+    assert targets(graph).count("linear") == 1
+
+
+def attention(mask_of):
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_of(q.shape[-2]))
+
+    q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
+    for value in (q, k, v):
+        torch._dynamo.mark_dynamic(value, 2)
+    return function, q, k, v
+
+
+def causal_attention(mask_of):
+    function, *inputs = attention(mask_of)
+    module = captured(function, *inputs)
+    records = EXACT.run(module, None)
+    restored = sum(len(r.outcome.changes) for r in records if r.name == "restore_causal_attention")
+    return restored, [miss.reason for record in records for miss in record.outcome.near_misses], function, inputs
+
+
+def positions(length):
+    return torch.arange(length)
+
+
+def test_a_causal_mask_becomes_is_causal():
+    restored, _, function, inputs = causal_attention(lambda n: positions(n)[None, :] <= positions(n)[:, None])
+    assert restored == 1
+    _, result = run_optimized(EXACT, function, *inputs)
+    torch.testing.assert_close(result, function(*inputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mask_of", "reason"),
+    [
+        (lambda n: positions(n)[None, :] < positions(n)[:, None] + 2, "not the lower triangle"),
+        (
+            lambda n: (positions(n)[None, :] <= positions(n)[:, None])
+            & (positions(n)[None, :] > positions(n)[:, None] - 64),
+            "not the lower triangle",
+        ),
+        (
+            lambda n: (positions(n)[None, :] <= positions(n)[:, None])
+            & (positions(n)[None, :] > positions(n)[:, None] - 4096),
+            "a sliding window",
+        ),
+        (lambda n: torch.zeros(n, n), "added to the scores"),
+    ],
+    ids=["looks ahead", "short window", "long window", "additive"],
+)
+def test_another_mask_stays(mask_of, reason):
+    restored, reasons, _, _ = causal_attention(mask_of)
+    assert restored == 0
+    assert any(reason in found for found in reasons)
+
+
+def test_a_mask_that_depends_on_a_tensor_stays():
+    def function(q, k, v, padding):
+        causal = positions(q.shape[-2])[None, :] <= positions(q.shape[-2])[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal & padding[:, None, None, :])
+
+    inputs = [*(torch.randn(2, 4, 9, 16) for _ in range(3)), torch.ones(2, 9, dtype=torch.bool)]
+    records = EXACT.run(captured(function, *inputs), None)
+    (miss,) = [miss for record in records for miss in record.outcome.near_misses]
+    assert "padding" in miss.reason

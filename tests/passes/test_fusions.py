@@ -1,0 +1,171 @@
+"""Each rule on the real transformers modules: it fires, results and gradients agree, it declines with a reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+
+from fxopt.passes.pipelines import EXACT
+from fxopt.rewrite.match import NearMiss
+from tests.accuracy import assert_op_as_accurate
+from tests.captured_graphs import captured, run_optimized, targets
+from tests.tiny_models import tiny_llama
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def near_misses(function, *inputs) -> list[NearMiss]:
+    module = captured(function, *inputs)
+    return [miss for record in EXACT.run(module, None) for miss in record.outcome.near_misses]
+
+
+def optimized_targets(function, *inputs) -> list[str]:
+    return targets(run_optimized(EXACT, function, *inputs)[0])
+
+
+def assert_rewritten(op: str, function, *inputs: torch.Tensor) -> None:
+    """`function` becomes `op` alone, is as accurate as before, and a second run of the passes changes nothing."""
+    graph, _ = run_optimized(EXACT, function, *inputs)
+    assert op in targets(graph), targets(graph)
+    again = [record for record in EXACT.run(graph, None) if record.outcome.changes]
+    assert not again
+
+    def rewritten(*arguments):
+        return run_optimized(EXACT, function, *arguments)[1]
+
+    assert_op_as_accurate(rewritten, function, *inputs)
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+NORMS = {width: LlamaRMSNorm(width, 1e-5) for width in (32, 33)}
+
+
+def normed(x, weight):
+    return torch.func.functional_call(NORMS[x.shape[-1]], {"weight": weight}, (x,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_of_llama(dtype):
+    torch.manual_seed(0)
+    assert_rewritten("rms_norm", normed, leaf(3, 7, 33, dtype=dtype), leaf(33, dtype=dtype))
+
+
+def test_rms_norm_declines_a_weight_that_promotes():
+    (miss,) = near_misses(normed, leaf(3, 7, 32, dtype=torch.bfloat16), leaf(32, dtype=torch.float32))
+    assert "promotes" in miss.reason
+
+
+def test_rms_norm_declines_another_formula():
+    def scaled_by_mean_magnitude(x, weight):
+        h = x.to(torch.float32)
+        variance = h.abs().mean(-1, keepdim=True)
+        return weight * (h * torch.rsqrt(variance + 1e-5)).to(x.dtype)
+
+    inputs = leaf(3, 7, 32, dtype=torch.bfloat16), leaf(32, dtype=torch.bfloat16)
+    assert "rms_norm" not in optimized_targets(scaled_by_mean_magnitude, *inputs)
+    (miss,) = near_misses(scaled_by_mean_magnitude, *inputs)
+    assert "`abs`" in miss.reason and "`square`" in miss.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(dtype):
+    def block(x, residual, weight):
+        summed = residual + x
+        return summed * 2, normed(summed, weight)
+
+    torch.manual_seed(0)
+    inputs = leaf(3, 7, 32, dtype=dtype), leaf(3, 7, 32, dtype=dtype), leaf(32, dtype=dtype)
+    assert_rewritten("add_rms_norm", block, *inputs)
+
+
+def test_add_rms_norm_declines_a_broadcast_addition():
+    def block(x, residual, weight):
+        return normed(x + residual, weight)
+
+    names = optimized_targets(
+        block, leaf(3, 7, 32, dtype=torch.bfloat16), leaf(32, dtype=torch.bfloat16), leaf(32, dtype=torch.bfloat16)
+    )
+    assert "rms_norm" in names and "add_rms_norm" not in names
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_of_llama(dtype):
+    model = tiny_llama()
+    mlp: LlamaMLP = model.model.layers[0].mlp.to(dtype)
+
+    def call(x, gate, up, down):
+        weights = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
+        return torch.func.functional_call(mlp, weights, (x,))
+
+    weights = [p.detach().clone().requires_grad_() for p in (mlp.gate_proj.weight, mlp.up_proj.weight)]
+    down = mlp.down_proj.weight.detach().clone().requires_grad_()
+    assert_rewritten("swiglu", call, leaf(3, 7, 64, dtype=dtype), *weights, down)
+
+
+def test_swiglu_declines_a_broadcast_product():
+    def gated(gate, up):
+        return F.silu(gate) * up
+
+    (miss,) = near_misses(gated, leaf(3, 7, 32, dtype=torch.bfloat16), leaf(3, 7, 1, dtype=torch.bfloat16))
+    assert "different shapes" in miss.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_of_llama(dtype):
+    def rotated(q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+    torch.manual_seed(0)
+    angles = torch.randn(2, 9, 16)
+    q, k = leaf(2, 9, 4, 16, dtype=dtype), leaf(2, 9, 2, 16, dtype=dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    graph, _ = run_optimized(EXACT, rotated, q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    assert targets(graph).count("rope") == 2
+    assert_rewritten("rope", rotated, q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+
+
+def test_rope_declines_a_rotation_of_unequal_parts():
+    def rotated(x, cos, sin):
+        return x * cos + torch.cat((-x[..., 6:], x[..., :6]), dim=-1) * sin
+
+    inputs = [leaf(2, 4, 9, 16, dtype=torch.bfloat16) for _ in range(3)]
+    (miss,) = near_misses(rotated, *inputs)
+    assert "not in halves" in miss.reason
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_cross_entropy(dtype, reduction):
+    def loss(hidden, weight, labels):
+        logits = F.linear(hidden, weight).float().view(-1, 61)
+        return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
+
+    torch.manual_seed(0)
+    hidden, weight = leaf(3, 7, 32, dtype=dtype), leaf(61, 32, dtype=dtype)
+    labels = torch.randint(0, 61, (21,))
+    labels[::3] = -100
+    graph, fused = run_optimized(EXACT, loss, hidden, weight, labels)
+    assert targets(graph)[-1] == "linear_cross_entropy"
+    plain = loss(hidden, weight, labels)
+    wide = [value.detach().double().requires_grad_() for value in (hidden, weight)]
+    exact = F.cross_entropy(F.linear(*wide).view(-1, 61), labels, reduction=reduction)
+    assert (fused - exact).abs() <= 1.1 * (plain - exact).abs() + 2 * torch.finfo(torch.float32).eps * exact.abs()
+    for g, e, t in zip(
+        torch.autograd.grad(fused, [hidden, weight]),
+        torch.autograd.grad(plain, [hidden, weight]),
+        torch.autograd.grad(exact, wide),
+        strict=True,
+    ):
+        rounding = torch.finfo(dtype).eps / 2 * t.abs().max()
+        assert (g - t).abs().max() <= 1.1 * (e - t).abs().max() + rounding
+
+
+def test_linear_cross_entropy_declines_probabilities_as_labels():
+    def loss(hidden, weight, labels):
+        return F.cross_entropy(F.linear(hidden, weight).float().view(-1, 61), labels)
+
+    inputs = leaf(3, 7, 32, dtype=torch.bfloat16), leaf(61, 32, dtype=torch.bfloat16), torch.rand(21, 61)
+    assert any("not one class" in miss.reason for miss in near_misses(loss, *inputs))

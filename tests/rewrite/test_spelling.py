@@ -1,0 +1,81 @@
+import operator
+
+import pytest
+import torch
+from torch import fx
+
+from fxopt.rewrite.graph import cast
+from fxopt.rewrite.spelling import arguments_of, spell_out
+from tests.captured_graphs import captured
+
+X = torch.randn(3, 5)
+
+
+def spelled(function, *inputs):
+    module = captured(function, *inputs)
+    spell_out(module.graph)
+    module.recompile()
+    return module, [node for node in module.graph.nodes if node.op.startswith("call")]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.to(torch.float64),
+        lambda x: x.to(dtype=torch.float64),
+        lambda x: x.double(),
+        lambda x: x.type(torch.float64),
+        lambda x: x.to("cpu", torch.float64),
+    ],
+)
+def test_each_dtype_conversion_is_a_cast(function):
+    module, (node,) = spelled(function, X)
+    assert (node.target, node.args[1]) == (cast, torch.float64)
+    assert torch.equal(module(X)[0], X.double())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.pow(2), lambda x: x**2, lambda x: x * x, lambda x: torch.pow(x, 2.0), lambda x: torch.square(x)],
+)
+def test_each_square_is_a_square(function):
+    module, (node,) = spelled(function, X)
+    assert node.target is torch.square
+    assert torch.equal(module(X)[0], X * X)
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [
+        (lambda x: x.add(x.neg()), operator.add),
+        (lambda x: torch.mul(x, x.neg()), operator.mul),
+        (lambda x: torch.true_divide(x, x.neg()), operator.truediv),
+        (lambda x: x.neg().rsqrt(), torch.rsqrt),
+    ],
+)
+def test_methods_and_functions_are_one(function, target):
+    _, nodes = spelled(function, X)
+    assert nodes[-1].target is target
+
+
+def test_what_means_something_else_keeps_its_spelling():
+    _, nodes = spelled(lambda x: torch.add(x, x, alpha=2), X)
+    assert nodes[-1].target is torch.add
+    _, nodes = spelled(lambda x: x.to(torch.float64, copy=True), X)
+    assert nodes[-1].target == "to"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.mean(-1, keepdim=True),
+        lambda x: torch.mean(x, dim=-1, keepdim=True),
+        lambda x: x.mean([-1], True),
+        lambda x: torch.mean(x, (-1,), keepdim=True, dtype=None),
+    ],
+)
+def test_arguments_are_read_by_name(function):
+    _, (node,) = spelled(function, X)
+    named = arguments_of(node)
+    assert isinstance(named.pop("input"), fx.Node)
+    assert named == {"dim": -1, "keepdim": True, "dtype": None}

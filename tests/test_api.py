@@ -1,0 +1,69 @@
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import fxopt
+from tests.tiny_models import tiny_batch, tiny_llama
+
+
+def test_an_unknown_policy_names_the_nearest():
+    with pytest.raises(fxopt.PolicyError, match="'bf16'"):
+        fxopt.optimize(tiny_llama(), "bf61")
+
+
+def test_an_unknown_backend_names_the_known():
+    with pytest.raises(ValueError, match="eager, inductor"):
+        fxopt.optimize(tiny_llama(), "bf16", backend="inducktor")
+
+
+def test_a_model_on_meta_says_what_to_do():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_llama().config)
+    with pytest.raises(fxopt.PolicyError, match="meta"):
+        fxopt.optimize(model, "bf16")
+
+
+def test_a_name_is_not_a_model():
+    with pytest.raises(TypeError, match="load the model first"):
+        fxopt.optimize("meta-llama/Llama-3.2-1B", "bf16")
+
+
+def test_a_failed_optimize_leaves_the_model_alone():
+    model = tiny_llama()
+    with pytest.raises(ValueError):
+        fxopt.optimize(model, "bf16", backend="inducktor")
+    assert "forward" not in model.__dict__ and model.dtype == torch.float32
+
+
+def test_the_report_reads_well_and_goes_into_json():
+    import json
+
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    assert "no graph captured yet" in str(fxopt.report(model))
+    model(**tiny_batch()).loss.backward()
+    report = fxopt.report(model)
+    text = str(report)
+    assert "rms_norm" in text and "modeling_llama.py" in text
+    assert json.loads(json.dumps(report.to_dict()))["hits"] == report.hits
+
+
+def test_verify_compares_loss_and_every_gradient():
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    outcome = fxopt.verify(model, tiny_batch())
+    assert outcome.holds, outcome.failures
+    assert {c.name for c in outcome.comparisons} == {"loss", *dict(model.named_parameters())}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_inspect_shows_what_changed(tmp_path):
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    with pytest.raises(ValueError, match="call it once with labels"):
+        fxopt.inspect(model)
+    model(**tiny_batch())
+    diff = fxopt.inspect(model)
+    text = str(diff)
+    assert "FuseRMSNorm" in text and "modeling_llama.py" in text
+    for ending in (".html", ".txt", ".json"):
+        assert diff.save(tmp_path / f"diff{ending}").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"\.html"):
+        diff.save(tmp_path / "diff.pdf")

@@ -1,7 +1,7 @@
 """The ops against eager code on the CPU, and what their Triton kernels take of a GPU, which need not be there.
 
-Milliseconds are the best of ``--repeats`` runs of forward and of forward + backward in bfloat16, at SmolLM2-135M's sizes.
-Registers, spills and shared memory are the assembler's own figures for the kernels compiled ahead of time.
+Milliseconds are the best of ``--repeats`` runs of forward, and of forward + backward, in bfloat16 at SmolLM2-135M's
+sizes. Registers, spills and shared memory are the assembler's own figures for the kernels compiled ahead of time.
 """
 
 import argparse

@@ -26,8 +26,8 @@ from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, on_device, tl, 
 
 CHUNK_ROWS = 512  # matrix products are at full speed from 256 rows on
 CHUNK_BYTES = 64 * 2**20
-_SOFTMAX_BYTES = 4 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
-_VOCABULARY_BLOCK = 2048  # rows of the weight's gradient that the CPU adds up at a time
+_SOFTMAX_BYTES = 8 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
+_VOCABULARY_BLOCK = 4096  # rows of the weight's gradient that the CPU adds up at a time
 BLOCK = 4096  # columns that a Triton program holds at a time
 _REDUCTIONS = ("mean", "sum", "none")
 

@@ -29,10 +29,11 @@ def _rope_kernel(
     sin_stride_b, sin_stride_h, sin_stride_s, y_stride_b, y_stride_h, y_stride_s,
     BACKWARD: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (rows < num_rows) & (cols < HALF)
     b, s, h = rows // (H * S), rows // H % S, rows % H  # heads fastest: neighbours share a row of cos and sin
+    b, s, h = b.to(tl.int64), s.to(tl.int64), h.to(tl.int64)
 
     x = x_ptr + b * x_stride_b + h * x_stride_h + s * x_stride_s + cols
     cos = cos_ptr + b * cos_stride_b + h * cos_stride_h + s * cos_stride_s + cols

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -132,7 +132,8 @@ class OptimizedForward:
         if self.settings.backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
-            return wrap(compile_fx(module, example_inputs))
+            compiled: Any = compile_fx(module, example_inputs)
+            return wrap(compiled)
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
         return wrap(module.forward)
@@ -154,9 +155,10 @@ def _captured_call(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
     return outputs
 
 
-def _own_code(function: FunctionType) -> FunctionType:
+def _own_code(function: Callable[..., Any]) -> FunctionType:
     """`function` with a code object of its own: Dynamo's cache and its limit belong to the code object."""
-    code: CodeType = function.__code__.replace()
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace()
     return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 

@@ -52,7 +52,7 @@ def defer_marked_outputs(module: fx.GraphModule) -> Callable[[Callable[..., Any]
     graph = module.graph
     output = next(iter(graph.find_nodes(op="output")))
     results = list(output.args[0])
-    markers = [node for node in graph.find_nodes(op="call_function", target=deferred)]
+    markers = list(graph.find_nodes(op="call_function", target=deferred))
     slots = {results.index(marker): marker for marker in markers if marker in results}
     needed_anyway = _ancestors([r for r in results if isinstance(r, fx.Node) and r not in slots.values()])
     late: dict[int, tuple[fx.GraphModule, list[fx.Node]]] = {}
@@ -79,7 +79,8 @@ def defer_marked_outputs(module: fx.GraphModule) -> Callable[[Callable[..., Any]
 
         def call(*arguments: Any) -> list[Any]:
             values = list(compiled(*arguments))
-            known = dict(zip(placeholders, arguments, strict=True)) | dict(zip(extra, values[len(results) :], strict=True))
+            known = dict(zip(placeholders, arguments, strict=True))
+            known |= dict(zip(extra, values[len(results) :], strict=True))
             del values[len(results) :]
             for slot, (compute, needs) in late.items():
                 values[slot] = DeferredValue(compute, tuple(known[node] for node in needs))
@@ -138,7 +139,7 @@ def _deferring(output_class: type[Any]) -> type[Any]:
             return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
 
         def get(self, key: str, default: Any = None) -> Any:
-            return self[key] if key in self else default
+            return self[key] if key in self else default  # noqa: SIM401 — dict.get would return the DeferredValue
 
         def values(self) -> Any:
             return [self[name] for name in self]
@@ -152,7 +153,7 @@ def _deferring(output_class: type[Any]) -> type[Any]:
         def __reduce__(self) -> Any:
             self.values()
             self.__class__ = output_class
-            return output_class.__reduce__(self)
+            return super().__reduce__()
 
     Deferring.__name__, Deferring.__qualname__ = output_class.__name__, output_class.__qualname__
     Deferring.__module__, Deferring.__doc__ = output_class.__module__, output_class.__doc__

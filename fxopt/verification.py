@@ -54,13 +54,12 @@ class Verification:
         return tuple(comparison for comparison in self.comparisons if not comparison.holds)
 
     def __rich__(self) -> RenderableType:
-        table = Table(
-            "value", "original's error", "optimized's error", "allowed", title=f"{len(self.comparisons)} values compared"
-        )
+        table = Table("value", "original's error", "optimized's error", "allowed")
+        table.title = f"{len(self.comparisons)} values compared"
         worst = sorted(self.comparisons, key=lambda c: c.optimized_error / max(c.allowed, 1e-30), reverse=True)
         for c in worst[:10]:
-            style = "" if c.holds else "red"
-            table.add_row(c.name, f"{c.original_error:.2e}", f"{c.optimized_error:.2e}", f"{c.allowed:.2e}", style=style)
+            errors = (f"{error:.2e}" for error in (c.original_error, c.optimized_error, c.allowed))
+            table.add_row(c.name, *errors, style="" if c.holds else "red")
         return table
 
 

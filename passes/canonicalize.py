@@ -25,20 +25,20 @@ def canonicalize(graph: fx.Graph) -> None:
     merge_equal_nodes(graph)
 
 
-def _identity_of(node: fx.Node) -> fx.Node | None:
+def _identity_of(node: fx.Node) -> Any:
     """The input that a node returns unchanged, if it does."""
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source, *rest = node.args
+    value, source_value = tensor_of(node), tensor_of(source)
     if node.target is operator.getitem:
         index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
         whole = all(item is Ellipsis or item in (slice(None), slice(0, None)) for item in index)
-        return source if whole and tensor_of(source) is not None else None
+        return source if whole and source_value is not None else None
     if node.target == "to":
-        before, after = tensor_of(source), tensor_of(node)
-        unchanged = before is not None and after is not None
-        unchanged = unchanged and (before.dtype, before.device) == (after.dtype, after.device)  # type: ignore[union-attr]
-        return source if unchanged and not node.kwargs.get("copy") and "memory_format" not in node.kwargs else None
+        if value is None or source_value is None or node.kwargs.get("copy") or "memory_format" in node.kwargs:
+            return None
+        return source if (value.dtype, value.device) == (source_value.dtype, source_value.device) else None
     if node.target is torch.nn.functional.dropout:
         probability, training = _argument(node, 1, "p", 0.5), _argument(node, 2, "training", True)
         return source if training is False or probability == 0.0 else None

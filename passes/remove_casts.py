@@ -7,6 +7,8 @@ changes values, so such casts stay.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -36,7 +38,7 @@ def remove_casts(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _widens(before: fx.Node, after: fx.Node) -> bool:
+def _widens(before: Any, after: fx.Node) -> bool:
     return dtype_of(after) in WIDER.get(dtype_of(before) or torch.bool, frozenset())
 
 

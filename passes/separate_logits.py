@@ -28,10 +28,10 @@ def separate_logits(graph: fx.Graph) -> None:
         if not isinstance(logits, fx.Node) or set(logits.users) == {marker}:
             continue
         chain = _vocabulary_wide(logits)
-        copies: dict[fx.Node, fx.Node] = {}
+        copies: dict[fx.Node, fx.Node] = {source: source for node in chain for source in node.all_input_nodes}
         with graph.inserting_before(marker):
             for node in chain:
-                copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
+                copies[node] = graph.node_copy(node, copies.__getitem__)
         if chain:
             marker.args = (copies[logits],)
 

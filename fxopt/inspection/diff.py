@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ class GraphDiff:
         folded: dict[Any, Hunk] = {}
         for removed, added in _changes(graph):
             key = tuple(_without_layer(row) for row in removed), tuple(_without_layer(row) for row in added)
-            known = folded.get(key)
-            folded[key] = Hunk(removed, added, 1) if known is None else Hunk(known.removed, known.added, known.count + 1)
+            first = folded.setdefault(key, Hunk(removed, added, 0))
+            folded[key] = replace(first, count=first.count + 1)
         return list(folded.values())
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from fxopt.rewrite.graph import requires_grad, value_of
 from fxopt.rewrite.match import call_with
 from fxopt.rewrite.replace import Rewrite
 
-SLACK = 1.1  # how much larger than the original's error the replacement's may be
 FLOAT64_TOLERANCE = 1e-11  # relative to the largest element; thousands of float64 roundings, no formula's error
 MAGNITUDES = (1.0, 1e-2, 30.0, 0.0)
 TINY = 1e-30  # where everything is smaller than this, errors are not relative any more
@@ -74,14 +73,16 @@ def _isolated() -> Iterator[None]:
 
 
 def _key(rewrite: Rewrite) -> str:
-    inputs = [
-        (name, str(getattr(value, "dtype", type(value))), [str(size) for size in getattr(value, "shape", ())])
-        + (requires_grad(node),)
-        for name, node in rewrite.inputs.items()
-        for value in [value_of(node)]
-    ]
+    inputs = [_described(name, node) for name, node in rewrite.inputs.items()]
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     return f"{_text(rewrite.original)}\n{_text(rewrite.replacement)}\n{inputs}\n{autocast}"
+
+
+def _described(name: str, node: fx.Node) -> str:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return f"{name}: {type(value)}"
+    return f"{name}: {value.dtype} {[str(size) for size in value.shape]} {value.device} {value.requires_grad}"
 
 
 def _text(graph: fx.Graph) -> str:
@@ -149,7 +150,7 @@ def _hints(shape_env: Any) -> dict[sympy.Symbol, Any]:
 def _prove_at(rewrite: Rewrite, sizes: _Sizes) -> Proof:
     run = _runner(rewrite.original, sizes), _runner(rewrite.replacement, sizes)
     wide = _runner(rewrite.original, sizes, _widened), _runner(rewrite.replacement, sizes, _widened)
-    worst: dict[tuple[str, str], tuple[float, float]] = {}  # (name, norm) → each side's largest error over all inputs
+    worst: dict[tuple[str, str], list[float]] = {}  # (name, norm) → each side's largest error over all inputs, slack
     for magnitude in MAGNITUDES:
         inputs = _sample(rewrite, sizes, magnitude)
         doubles = {name: _widened(value) for name, value in inputs.items()}
@@ -167,12 +168,13 @@ def _prove_at(rewrite: Rewrite, sizes: _Sizes) -> Proof:
                 continue
             for norm, measure in NORMS.items():
                 rounding = torch.finfo(original.dtype).eps * max(measure(expected), TINY)
-                before = worst.get((name, norm), (0.0, 0.0))
                 found = [measure(_difference(side[name], expected)) / rounding for side in narrow]
-                worst[name, norm] = max(before[0], found[0]), max(before[1], found[1])
-    errors = [max((side[index] for (_, norm), side in worst.items() if norm == "largest"), default=0.0) for index in (0, 1)]
-    for (name, norm), (was_error, is_error) in worst.items():
-        if not is_error <= SLACK * was_error + ONE_ROUNDING[norm]:
+                kept = worst.setdefault((name, norm), [0.0, 0.0, _slack(original, norm)])
+                kept[:2] = max(kept[0], found[0]), max(kept[1], found[1])
+    largest = [kept for (_, norm), kept in worst.items() if norm == "largest"]
+    errors = [max((kept[side] for kept in largest), default=0.0) for side in (0, 1)]
+    for (name, norm), (was_error, is_error, slack) in worst.items():
+        if not is_error <= slack * was_error + ONE_ROUNDING[norm]:
             reason = f"less accurate: {norm} error of {name} is {is_error:.2f} roundings, was {was_error:.2f}"
             return Proof(False, reason, errors[0], errors[1], len(MAGNITUDES))
     return Proof(True, "", errors[0], errors[1], len(MAGNITUDES))
@@ -272,6 +274,15 @@ def _difference(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     value, truth = value.double(), truth.double()
     same = (value == truth) | (value.isnan() & truth.isnan())
     return torch.where(same, 0.0, (value - truth).abs()).nan_to_num(nan=math.inf)
+
+
+def _slack(result: torch.Tensor, norm: str) -> float:
+    """How much larger than the original's error the replacement's may be.
+
+    The largest of many tiny errors in float32, and any error of a few numbers, is a draw, not a property.
+    """
+    is_a_draw = result.numel() < 100 or (norm == "largest" and result.element_size() >= 4)
+    return 2.0 if is_a_draw else 1.1
 
 
 NORMS: dict[str, Callable[[torch.Tensor], float]] = {"largest": _largest, "mean": _root_mean_square}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import fx
@@ -67,6 +68,6 @@ def _replacement(match: Match, inputs: dict[str, fx.Node]) -> fx.Graph:
     literals = {name: value for name, value in match.bindings.items() if name not in inputs}
     graph, results = trace(match.rule.rewrite, ops_called_by(match.rule.rewrite), literals)
     if isinstance(results, fx.Proxy) and len(match.results) > 1:
-        results = tuple(results[index] for index in range(len(match.results)))
+        results = tuple(operator.getitem(results, index) for index in range(len(match.results)))
     graph.output(tuple(result.node for result in as_tuple(results)))
     return graph

@@ -38,12 +38,14 @@ def snapshot(root: fx.GraphModule) -> tuple[NodeRow, ...]:
 
 def _row(node: fx.Node) -> NodeRow:
     value = tensor_of(node)
-    shape = f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]" if value is not None else ""
+    dtype_and_shape = ""
+    if value is not None:
+        dtype_and_shape = f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
     return NodeRow(
         name=node.name,
         operation=target_name(node),
         inputs=tuple(source.name for source in node.all_input_nodes),
-        value=shape,
+        value=dtype_and_shape,
         size_bytes=_size_bytes(value) if value is not None else 0,
         source=source_line(node),
         module=module_path(node),

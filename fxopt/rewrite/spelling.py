@@ -192,5 +192,3 @@ def _signature_of_schema(schema: Any) -> inspect.Signature:
     except ValueError:  # a default before a parameter without one: legal in a schema only
         stripped = [p.replace(default=inspect.Parameter.empty) for p in parameters]
         return inspect.Signature(stripped)
-
-

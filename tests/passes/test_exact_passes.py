@@ -108,13 +108,16 @@ def test_a_causal_mask_becomes_is_causal():
     [
         (lambda n: positions(n)[None, :] < positions(n)[:, None] + 2, "not the lower triangle"),
         (
-            lambda n: (positions(n)[None, :] <= positions(n)[:, None])
-            & (positions(n)[None, :] > positions(n)[:, None] - 64),
+            lambda n: (
+                (positions(n)[None, :] <= positions(n)[:, None]) & (positions(n)[None, :] > positions(n)[:, None] - 64)
+            ),
             "not the lower triangle",
         ),
         (
-            lambda n: (positions(n)[None, :] <= positions(n)[:, None])
-            & (positions(n)[None, :] > positions(n)[:, None] - 4096),
+            lambda n: (
+                (positions(n)[None, :] <= positions(n)[:, None])
+                & (positions(n)[None, :] > positions(n)[:, None] - 4096)
+            ),
             "a sliding window",
         ),
         (lambda n: torch.zeros(n, n), "added to the scores"),

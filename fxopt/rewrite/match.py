@@ -50,6 +50,8 @@ class Rule:
       by a global name is put into the graph as one node.
     * `check(x, weight, …)`: calls `require` for what the pattern cannot say. Optional; takes any of the names.
 
+    `op` names the result in reports, where the rewrite calls no op of fxopt's.
+
     `examples(x, weight, …)` may return `{name: function(shape, dtype, generator) -> tensor}` for inputs that the
     proof must not fill with normally distributed numbers.
     """
@@ -57,6 +59,7 @@ class Rule:
     pattern: ClassVar[Callable[..., Any]]
     rewrite: ClassVar[Callable[..., Any]]
 
+    op: ClassVar[str] = ""
     check: ClassVar[Callable[..., None]] = staticmethod(lambda: None)
     examples: ClassVar[Callable[..., dict[str, Callable[..., torch.Tensor]]]] = staticmethod(lambda: {})
 
@@ -67,8 +70,8 @@ class Rule:
 
     @classmethod
     def op_name(cls) -> str:
-        """The op that the rewrite puts into the graph: the last function that `rewrite` calls by a global name."""
-        return ops_called_by(cls.rewrite)[-1].__name__
+        """What reports call the result: `op`, or else the last function that `rewrite` calls by a global name."""
+        return cls.op or ops_called_by(cls.rewrite)[-1].__name__
 
 
 def call_with(function: Callable[..., Any], bindings: dict[str, Any]) -> Any:

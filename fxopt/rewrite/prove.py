@@ -213,7 +213,7 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
         else value
         for name, value in inputs.items()
     }
-    results = run(*leaves.values())
+    results = run(leaves)
     named = {f"result {index}": result for index, result in enumerate(results)}
     generator = torch.Generator().manual_seed(SEED + 1)
     # Drawn for every result, so that both sides get the same ones even if they differ in which need a gradient.
@@ -229,7 +229,7 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
 
 
 def _runner(graph: fx.Graph, sizes: _Sizes, change: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
-    """`graph` as a function, with its literals brought to the sample's sizes and changed by `change`."""
+    """`graph` as a function of its inputs by name, with its literals brought to the sample's sizes and changed by `change`."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
     for node in copied.nodes:
@@ -237,7 +237,9 @@ def _runner(graph: fx.Graph, sizes: _Sizes, change: Callable[[Any], Any] | None 
             if literal is not None:
                 node.args = _map_literals(node.args, literal)
                 node.kwargs = _map_literals(node.kwargs, literal)
-    return fx.GraphModule(torch.nn.Module(), copied)
+    module = fx.GraphModule(torch.nn.Module(), copied)
+    names = [str(placeholder.target) for placeholder in copied.find_nodes(op="placeholder")]
+    return lambda inputs: module(*(inputs[name] for name in names))
 
 
 def _map_literals(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -25,6 +25,7 @@ from torch._inductor.exc import InductorError
 from fxopt.deferred_logits import defer_marked_outputs, reveal_on_touch
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
+from fxopt.rematerialize import rematerializing
 from fxopt.rewrite.pipeline import PassRecord, Pipeline
 from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.report import GraphRecord, Report
@@ -136,7 +137,7 @@ class OptimizedForward:
             return wrap(compiled)
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
-        return wrap(module.forward)
+        return wrap(_without_cheap_results(module.forward))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedForward:
         model = copy.deepcopy(self.model, memo)
@@ -153,6 +154,16 @@ def _captured_call(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
     if logits is not None and getattr(outputs, "loss", None) is not None:
         outputs.logits = deferred(logits)
     return outputs
+
+
+def _without_cheap_results(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, saving less for the backward pass."""
+
+    def run(*args: Any) -> Any:
+        with rematerializing():
+            return forward(*args)
+
+    return run
 
 
 def _own_code(function: Callable[..., Any]) -> FunctionType:

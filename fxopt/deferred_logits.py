@@ -153,7 +153,8 @@ def _deferring(output_class: type[Any]) -> type[Any]:
         def __reduce__(self) -> Any:
             self.values()
             self.__class__ = output_class
-            return super().__reduce__()
+            reduce: Any = output_class.__reduce__
+            return reduce(self)
 
     Deferring.__name__, Deferring.__qualname__ = output_class.__name__, output_class.__qualname__
     Deferring.__module__, Deferring.__doc__ = output_class.__module__, output_class.__doc__

@@ -172,6 +172,12 @@ def _setup_context(ctx, inputs, output) -> None:
     _, _, weight, ctx.eps = inputs
     ctx.save_for_backward(output[0], weight)
     ctx.set_materialize_grads(False)
+    ctx.recompute, ctx.recomputed_output = _recompute, 1
+
+
+def _recompute(ctx) -> Tensor:
+    """The norm again, for those who did not keep it (`fxopt/rematerialize.py`)."""
+    return torch.ops.fxopt.rms_norm(*ctx.saved_tensors, ctx.eps)
 
 
 def _backward(ctx, dsummed: Tensor | None, dnormed: Tensor | None):

@@ -130,6 +130,12 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.recompute, ctx.recomputed_output = _recompute, 0
+
+
+def _recompute(ctx) -> Tensor:
+    """The product again, for those who did not keep it (`fxopt/rematerialize.py`)."""
+    return torch.ops.fxopt.swiglu(*ctx.saved_tensors)
 
 
 def _backward(ctx, dy: Tensor):

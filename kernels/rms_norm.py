@@ -167,6 +167,12 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
+    ctx.recompute, ctx.recomputed_output = _recompute, 0
+
+
+def _recompute(ctx) -> Tensor:
+    """The result again, for those who did not keep it (`fxopt/rematerialize.py`)."""
+    return torch.ops.fxopt.rms_norm(*ctx.saved_tensors, ctx.eps)
 
 
 def _backward(ctx, dy: Tensor):

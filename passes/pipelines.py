@@ -6,7 +6,6 @@ from fxopt.passes.canonicalize import CANONICALIZE
 from fxopt.passes.cleanup import CLEANUP
 from fxopt.passes.fuse_add_rms_norm import FUSE_ADD_RMS_NORM
 from fxopt.passes.fuse_glu import FUSE_GLU
-from fxopt.passes.fuse_glu_linear import FUSE_GLU_LINEAR
 from fxopt.passes.fuse_linear_cross_entropy import FUSE_LINEAR_CROSS_ENTROPY
 from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM
 from fxopt.passes.fuse_rope import FUSE_ROPE
@@ -26,7 +25,6 @@ EXACT = Pipeline(
         FUSE_GLU,
         FUSE_ROPE,
         FUSE_LINEAR_CROSS_ENTROPY,
-        FUSE_GLU_LINEAR,  # after the gated units, which it reads
         RESTORE_CAUSAL_ATTENTION,  # before the clean-up, which then drops the mask that nobody reads
         SHARE_KEY_VALUE_HEADS,  # after the masks are gone
         CLEANUP,  # last: also takes back what SEPARATE_LOGITS copied, if the loss was not fused

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.rewrite.graph import shape_of
+from fxopt.rewrite.graph import shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
@@ -39,14 +39,17 @@ class ShareKeyValueHeads(Rule):
 
     @staticmethod
     def check(query: fx.Node, key: fx.Node, value: fx.Node, mask: Any, dropout: float) -> None:
-        require(mask is None, "there is a mask, with which grouped-query attention loses its fast kernels")
+        on_cpu = value_of(query).device.type == "cpu"
+        require(mask is None or on_cpu, "there is a mask, with which grouped-query attention is slow on a GPU")
         require(dropout == 0.0, "attention drops out at random, so the rewrite cannot be proven")
         require(shape_of(key)[-1] == shape_of(value)[-1], "keys and values have different widths")
         require(shape_of(query)[1] % shape_of(key)[1] == 0, "the key heads do not divide the query heads")
 
     @staticmethod
-    def rewrite(query: Any, key: Any, value: Any, causal: Any, scale: Any) -> Any:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
+    def rewrite(query: Any, key: Any, value: Any, mask: Any, causal: Any, scale: Any) -> Any:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+        )
 
 
 SHARE_KEY_VALUE_HEADS = rules_pass("share_key_value_heads", ShareKeyValueHeads)

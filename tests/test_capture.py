@@ -16,7 +16,6 @@ EXPECTED = {
     "rms_norm": 5,
     "add_rms_norm": 4,
     "swiglu": 2,
-    "swiglu_linear": 2,
     "rope": 4,
     "linear_cross_entropy": 1,
     "causal_attention": 2,

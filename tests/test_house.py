@@ -25,6 +25,7 @@ FLOORS = {
     "fxopt.precision": 1,
     "fxopt.passes": 2,
     "fxopt.deferred_logits": 3,
+    "fxopt.rematerialize": 3,
     "fxopt.capture": 3,
     "fxopt.verification": 3,
     "fxopt.inspection": 4,

@@ -111,13 +111,12 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        self._add_states()
         index = 0
         for group in self.param_groups:
             params, grads, states, indices = [], [], [], []
-            for place, parameter in enumerate(group["params"]):
+            for parameter in group["params"]:
                 if parameter.grad is not None:
-                    if not self.state.get(parameter):
-                        self.state[parameter] = _new_state(parameter, _name(group, place))
                     params.append(_local(parameter))
                     grads.append(_local(parameter.grad))
                     states.append(self.state[parameter])
@@ -170,6 +169,29 @@ class AdamW(torch.optim.Optimizer):
                 state["state"][parameter] = values.on(parameter)
         super().__setstate__(state)
 
+    def _add_states(self) -> None:
+        """Zeros for the parameters that are updated for the first time.
+
+        Moments of one device lie in one piece of memory. One by one they would settle in the gaps that the first
+        backward pass has left behind, and every later step would need its activations elsewhere.
+        """
+        fresh: dict[torch.device, list[Tensor]] = {}
+        for group in self.param_groups:
+            for place, parameter in enumerate(group["params"]):
+                if parameter.grad is not None and not self.state.get(parameter):
+                    _check_parameter(parameter, _name(group, place))  # frozen when it was added, trained now
+                    if hasattr(parameter, "to_local"):
+                        self.state[parameter] = _zero_state(
+                            parameter, *(torch.zeros_like(parameter, dtype=torch.float32) for _ in _MOMENTS)
+                        )
+                    else:
+                        fresh.setdefault(parameter.device, []).append(parameter)
+        for device, parameters in fresh.items():
+            sizes = [parameter.numel() for parameter in parameters]
+            pieces = [torch.zeros(sum(sizes), device=device).split(sizes) for _ in _MOMENTS]
+            for parameter, *moments in zip(parameters, *pieces, strict=True):
+                self.state[parameter] = _zero_state(parameter, *moments)
+
     def _check_gradients(self) -> None:
         for group in self.param_groups:
             for place, parameter in enumerate(group["params"]):
@@ -194,15 +216,9 @@ class _Kept:
         return loaded
 
 
-def _new_state(parameter: Tensor, name: str) -> dict[str, Tensor]:
-    _check_parameter(parameter, name)  # frozen when it was added, trained now
-    return {
-        "step": torch.zeros((), dtype=torch.float32),
-        **{
-            moment: torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
-            for moment in _MOMENTS
-        },
-    }
+def _zero_state(parameter: Tensor, *moments: Tensor) -> dict[str, Tensor]:
+    named = {name: moment.view(parameter.shape) for name, moment in zip(_MOMENTS, moments, strict=True)}
+    return {"step": torch.zeros((), dtype=torch.float32), **named}
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
 
 
 def _runner(graph: fx.Graph, sizes: _Sizes, change: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
-    """`graph` as a function of its inputs by name, with its literals brought to the sample's sizes and changed by `change`."""
+    """`graph` as a function of its inputs by name; its literals are brought to the sample's sizes, and changed."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
     for node in copied.nodes:

@@ -1,0 +1,49 @@
+"""Results that are cheap to compute again are not kept for the backward pass.
+
+A linear layer saves its input. Where that input is a norm or a gated product, which keep their own inputs anyway, the
+layer can have it computed again when its backward runs, bit by bit the same. An op offers this by setting
+`ctx.recompute`, a function of the autograd node that returns the op's result (see `kernels/rms_norm.py`). Whatever
+saves the result, a linear layer or an adapter beside it, then holds the node instead of the tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rematerializing() -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which results of fxopt's ops are not saved for backward, but computed again."""
+    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+
+
+class _Recipe:
+    """What stands for a saved result: the autograd node of the op that computed it."""
+
+    def __init__(self, node: Any, shape: torch.Size):
+        self.node, self.shape = node, shape
+        node.num_saved = getattr(node, "num_saved", 0) + 1
+
+    def result(self) -> Tensor:
+        """The result, kept until the last of those who saved it has asked for it."""
+        if getattr(self.node, "recomputed", None) is None:
+            self.node.recomputed, self.node.num_left = self.node.recompute(self.node), self.node.num_saved
+        result: Tensor = self.node.recomputed
+        self.node.num_left -= 1
+        if self.node.num_left == 0:
+            self.node.recomputed = None
+        return result.view(self.shape)
+
+
+def _pack(tensor: Tensor) -> Tensor | _Recipe:
+    owner = tensor._base if tensor._base is not None else tensor  # a linear layer saves a flattened view
+    node: Any = owner.grad_fn
+    if not hasattr(node, "recompute") or owner.output_nr != node.recomputed_output or not tensor.is_contiguous():
+        return tensor
+    return _Recipe(node, tensor.shape) if tensor.numel() == owner.numel() else tensor
+
+
+def _unpack(saved: Tensor | _Recipe) -> Tensor:
+    return saved.result() if isinstance(saved, _Recipe) else saved

@@ -1,0 +1,76 @@
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxopt.kernels.add_rms_norm import add_rms_norm
+from fxopt.kernels.glu import swiglu
+from fxopt.kernels.rms_norm import rms_norm
+from fxopt.rematerialize import rematerializing
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16().requires_grad_()
+
+
+def projected(x: Tensor, other: Tensor, weight: Tensor, *projections: Tensor) -> Tensor:
+    summed, normed = add_rms_norm(x, other, weight, 1e-5)
+    gated = swiglu(F.linear(normed, projections[0]), F.linear(normed, projections[1]))
+    return F.linear(gated, projections[2]) + rms_norm(summed, weight, 1e-5)
+
+
+INPUTS = [(2, 5, 16), (2, 5, 16), (16,), (24, 16), (24, 16), (16, 24)]
+
+
+def test_gradients_are_the_same_bits() -> None:
+    torch.manual_seed(0)
+    inputs = [leaf(*shape) for shape in INPUTS]
+    plain = torch.autograd.grad(projected(*inputs).float().square().sum(), inputs)
+    with rematerializing():
+        result = projected(*inputs)
+    again = torch.autograd.grad(result.float().square().sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_the_result_itself_is_freed() -> None:
+    x, weight, projection = leaf(2, 5, 16), leaf(16), leaf(24, 16)
+    with rematerializing():
+        normed = rms_norm(x, weight, 1e-5)
+        result = F.linear(normed, projection)
+    freed = weakref.ref(normed)
+    del normed
+    assert freed() is None
+    result.sum().backward()
+    assert projection.grad is not None
+
+
+def test_a_graph_can_be_walked_twice() -> None:
+    x, weight, first, second = leaf(2, 5, 16), leaf(16), leaf(24, 16), leaf(8, 16)
+    with rematerializing():
+        normed = rms_norm(x, weight, 1e-5)
+        results = F.linear(normed, first), F.linear(normed, second)
+    loss = results[0].sum() + results[1].sum()
+    once = torch.autograd.grad(loss, [x, first, second], retain_graph=True)
+    (partly,) = torch.autograd.grad(results[0].sum(), first, retain_graph=True)
+    twice = torch.autograd.grad(loss, [x, first, second])
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    assert torch.equal(partly, once[1])
+
+
+def test_a_part_of_a_result_is_saved_as_ever() -> None:
+    x, weight, projection = leaf(2, 5, 16), leaf(16), leaf(24, 8)
+    with rematerializing():
+        result = F.linear(rms_norm(x, weight, 1e-5)[..., :8], projection)
+    (gradient,) = torch.autograd.grad(result.sum(), projection)
+    expected = rms_norm(x, weight, 1e-5)[..., :8].reshape(-1, 8).sum(0)
+    torch.testing.assert_close(gradient[0], expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_projections(frozen: bool) -> None:
+    x, weight, projection = leaf(2, 5, 16), leaf(16), leaf(24, 16).detach().requires_grad_(not frozen)
+    with rematerializing():
+        F.linear(rms_norm(x, weight, 1e-5), projection).sum().backward()
+    assert x.grad is not None and (projection.grad is None) == frozen

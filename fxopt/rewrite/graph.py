@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ MUTATING_OPERATORS = frozenset(
     getattr(operator, name)
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 )
+# In Dynamo's names of sources, what is not part of a path in the model.
+DYNAMO_WORDS = frozenset({"L", "G", "forward", "__self__", "call", "_modules", "_parameters", "_buffers"})
 # A node whose only effect is on autograd's mode: everything after it runs in another mode.
 GRAD_MODE_SWITCHES = frozenset({torch._C._set_grad_enabled})
 
@@ -91,10 +94,20 @@ def source_line(node: fx.Node) -> str:
 def module_path(node: fx.Node) -> str:
     """The path of the module whose forward a node belongs to, such as `model.layers.3.mlp`, or ''."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    for noise in ("L['model']", "L['self']", "_modules", "['", "']"):
-        path = path.replace(noise, "." if noise == "['" else "")
-    return ".".join(part for part in path.split(".") if part)
+    return _without_dynamo(list(stack.values())[-1][0]) if stack else ""
+
+
+def readable_name(node: fx.Node) -> str:
+    """A node's name; for an input that is a parameter or an argument, its path: `model.norm.weight`."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = source.name if source is not None else ""
+    return _without_dynamo(name() if callable(name) else name) or node.name
+
+
+def _without_dynamo(path: str) -> str:
+    """`L['forward'].__self__._modules['model']._modules['norm']` as `model.norm`."""
+    words = re.findall(r"\w+", path)
+    return ".".join(word for word in words if word not in DYNAMO_WORDS)
 
 
 def graph_modules(root: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -30,6 +30,8 @@ from fxopt.rewrite.match import call_with
 from fxopt.rewrite.replace import Rewrite
 
 FLOAT64_TOLERANCE = 1e-11  # relative to the largest element; thousands of float64 roundings, no formula's error
+SLACK = 1.1  # how much larger than the original's error the replacement's may be
+FEW = 100  # the error of fewer numbers, as the largest of many in float32, is a draw; it may be twice the original's
 MAGNITUDES = (1.0, 1e-2, 30.0, 0.0)
 TINY = 1e-30  # where everything is smaller than this, errors are not relative any more
 SMALL_SIZES = (3, 5, 7, 11, 13)  # for dynamic sizes: distinct, so that a mixed-up axis shows
@@ -39,16 +41,19 @@ SEED = 20_261_124
 
 @dataclass(frozen=True)
 class Proof:
-    """The outcome of a proof: whether it holds, the reason if not, and the largest errors that were met.
+    """The outcome of a proof: the reason why it fails, or '', and the largest errors on inputs of ordinary size.
 
-    Errors are absolute, against float64, in units of one rounding of the result's largest element.
+    Errors are against float64, relative to the largest element of the value that has them.
     """
 
-    holds: bool
     reason: str
     original_error: float
     replacement_error: float
     num_inputs: int
+
+    @property
+    def holds(self) -> bool:
+        return not self.reason
 
 
 @dataclass
@@ -101,7 +106,7 @@ def _prove(rewrite: Rewrite) -> Proof:
             return _prove_at(rewrite, _Sizes(rewrite, cut))
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
-    return Proof(False, f"could not be run on sample inputs: {failures[-1]}", math.nan, math.nan, 0)
+    return _failed(f"could not be run on sample inputs: {failures[-1]}")
 
 
 class _Sizes:
@@ -147,10 +152,28 @@ def _hints(shape_env: Any) -> dict[sympy.Symbol, Any]:
     return hints
 
 
+@dataclass
+class _Errors:
+    """The errors of one value in one norm, relative to its size: the original's and the replacement's."""
+
+    name: str
+    epsilon: float  # of the value's dtype
+    slack: float
+    extra: float  # what one more rounding may add, in epsilons
+    original: float = 0.0
+    replacement: float = 0.0
+
+    @property
+    def objection(self) -> str:
+        if self.replacement <= self.slack * self.original + self.extra * self.epsilon:
+            return ""
+        return f"less accurate: the error of {self.name} is {self.replacement:.1e}, was {self.original:.1e}"
+
+
 def _prove_at(rewrite: Rewrite, sizes: _Sizes) -> Proof:
     run = _runner(rewrite.original, sizes), _runner(rewrite.replacement, sizes)
     wide = _runner(rewrite.original, sizes, _widened), _runner(rewrite.replacement, sizes, _widened)
-    worst: dict[tuple[str, str], list[float]] = {}  # (name, norm) → each side's largest error over all inputs, slack
+    errors: dict[tuple[str, str, float], _Errors] = {}
     for magnitude in MAGNITUDES:
         inputs = _sample(rewrite, sizes, magnitude)
         doubles = {name: _widened(value) for name, value in inputs.items()}
@@ -159,25 +182,34 @@ def _prove_at(rewrite: Rewrite, sizes: _Sizes) -> Proof:
         for name, expected in truth.items():
             difference = _largest(_difference(same[name], expected))
             if not difference <= FLOAT64_TOLERANCE * max(_largest(expected), TINY):
-                return Proof(False, f"another function: {name} differs by {difference:.1e} in float64", 0.0, 0.0, 0)
+                return _failed(f"another function: {name} differs by {difference:.1e} in float64")
             original, replacement = (side[name] for side in narrow)
             if original.dtype != replacement.dtype or original.shape != replacement.shape:
                 was, is_now = (f"{t.dtype} {tuple(t.shape)}" for t in (original, replacement))
-                return Proof(False, f"{name} is {is_now}, was {was}", 0.0, 0.0, 0)
+                return _failed(f"{name} is {is_now}, was {was}")
             if not original.is_floating_point():
                 continue
+            few = original.numel() < FEW  # their error is a draw: take the largest of several
             for norm, measure in NORMS.items():
-                rounding = torch.finfo(original.dtype).eps * max(measure(expected), TINY)
-                found = [measure(_difference(side[name], expected)) / rounding for side in narrow]
-                kept = worst.setdefault((name, norm), [0.0, 0.0, _slack(original, norm)])
-                kept[:2] = max(kept[0], found[0]), max(kept[1], found[1])
-    largest = [kept for (_, norm), kept in worst.items() if norm == "largest"]
-    errors = [max((kept[side] for kept in largest), default=0.0) for side in (0, 1)]
-    for (name, norm), (was_error, is_error, slack) in worst.items():
-        if not is_error <= slack * was_error + ONE_ROUNDING[norm]:
-            reason = f"less accurate: {norm} error of {name} is {is_error:.2f} roundings, was {was_error:.2f}"
-            return Proof(False, reason, errors[0], errors[1], len(MAGNITUDES))
-    return Proof(True, "", errors[0], errors[1], len(MAGNITUDES))
+                slack = 2.0 if few or (norm == "largest" and original.element_size() >= 4) else SLACK
+                kept = errors.setdefault(
+                    (name, norm, 0.0 if few else magnitude),
+                    _Errors(name, torch.finfo(original.dtype).eps, slack, ONE_ROUNDING[norm]),
+                )
+                size = max(measure(expected), TINY)
+                kept.original = max(kept.original, measure(_difference(original, expected)) / size)
+                kept.replacement = max(kept.replacement, measure(_difference(replacement, expected)) / size)
+    shown = [kept for (_, norm, magnitude), kept in errors.items() if norm == "largest" and magnitude in (0.0, 1.0)]
+    return Proof(
+        reason=next((kept.objection for kept in errors.values() if kept.objection), ""),
+        original_error=max((kept.original for kept in shown), default=0.0),
+        replacement_error=max((kept.replacement for kept in shown), default=0.0),
+        num_inputs=len(MAGNITUDES),
+    )
+
+
+def _failed(reason: str) -> Proof:
+    return Proof(reason, math.nan, math.nan, 0)
 
 
 def _sample(rewrite: Rewrite, sizes: _Sizes, magnitude: float) -> dict[str, Any]:
@@ -276,15 +308,6 @@ def _difference(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     value, truth = value.double(), truth.double()
     same = (value == truth) | (value.isnan() & truth.isnan())
     return torch.where(same, 0.0, (value - truth).abs()).nan_to_num(nan=math.inf)
-
-
-def _slack(result: torch.Tensor, norm: str) -> float:
-    """How much larger than the original's error the replacement's may be.
-
-    The largest of many tiny errors in float32, and any error of a few numbers, is a draw, not a property.
-    """
-    is_a_draw = result.numel() < 100 or (norm == "largest" and result.element_size() >= 4)
-    return 2.0 if is_a_draw else 1.1
 
 
 NORMS: dict[str, Callable[[torch.Tensor], float]] = {"largest": _largest, "mean": _root_mean_square}

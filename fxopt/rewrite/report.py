@@ -131,7 +131,7 @@ class Report:
         )
 
     def _table(self) -> Table:
-        table = Table("op", "sites", "operations", "proof: error, in roundings", "from")
+        table = Table("op", "sites", "operations", "error against float64", "from")
         rows: dict[str, list[Any]] = {}
         for graph in self._latest():
             for record in graph.passes:
@@ -144,7 +144,7 @@ class Report:
             now = max((proof.replacement_error for proof in proofs), default=0.0)
             replaced = f"{changes[0].nodes_replaced} → 1"
             sources = Counter(change.source.split(": ")[0] for change in changes)
-            proof = f"{was:.2f} → {now:.2f}" if proofs else "computed"
+            proof = f"{was:.1e} → {now:.1e}" if proofs else "computed"
             table.add_row(op, str(hits[op]), replaced, proof, sources.most_common(1)[0][0])
         return table
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxopt.rewrite.graph import graph_modules, module_path, source_line, tensor_of
+from fxopt.rewrite.graph import graph_modules, module_path, readable_name, source_line, tensor_of
 from fxopt.rewrite.match import target_name
 
 
@@ -44,7 +44,7 @@ def _row(node: fx.Node) -> NodeRow:
     return NodeRow(
         name=node.name,
         operation=target_name(node),
-        inputs=tuple(source.name for source in node.all_input_nodes),
+        inputs=tuple(readable_name(source) for source in node.all_input_nodes),
         value=dtype_and_shape,
         size_bytes=_size_bytes(value) if value is not None else 0,
         source=source_line(node),

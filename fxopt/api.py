@@ -81,7 +81,8 @@ def report(model: nn.Module) -> Report:
 def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     """Loss and every gradient of an optimized model on `batch`, against its original forward and against float32.
 
-    The model's parameters, gradients and random state are as before when this returns.
+    The model's parameters, gradients and random state are as before when this returns. Raises ValueError for a batch
+    that runs the original forward, such as one without labels.
     """
     return _verify(model, _optimized_forward(model), batch)
 
@@ -101,8 +102,11 @@ def optimizer(model: nn.Module, lr: float | torch.Tensor = 1e-3, **options: Any)
 
 def _optimized_forward(model: nn.Module) -> OptimizedForward:
     """The optimized forward of `model`, or of the one model that it wraps (PEFT, DDP, …)."""
-    found = [m.__dict__["forward"] for m in model.modules() if isinstance(m.__dict__.get("forward"), OptimizedForward)]
-    if not found:
-        name = type(model).__name__
-        raise ValueError(f"this {name} is not optimized; call fxopt.optimize(model) first")
-    return found[0]
+    for module in model.modules():
+        # accelerate wraps an instance's forward once more, and keeps the old one beside it.
+        for forward in (module.__dict__.get("forward"), module.__dict__.get("_original_forward")):
+            while forward is not None and not isinstance(forward, OptimizedForward):
+                forward = getattr(forward, "__wrapped__", None)
+            if forward is not None:
+                return forward
+    raise ValueError(f"this {type(model).__name__} is not optimized; call fxopt.optimize(model) first")

@@ -9,18 +9,17 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch._guards import CompileContext
-from torch._inductor.exc import InductorError
 
 from fxopt.deferred_logits import defer_marked_outputs, reveal_on_touch
 from fxopt.passes.pipelines import EXACT
@@ -30,6 +29,7 @@ from fxopt.rewrite.pipeline import PassRecord, Pipeline
 from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.report import GraphRecord, Report
 from fxopt.rewrite.snapshot import snapshot
+from fxopt.training_call import as_captured, kind_of, named_arguments, why_not_covered
 
 logger = logging.getLogger("fxopt")
 
@@ -59,12 +59,12 @@ class OptimizedForward:
         self.settings = settings
         self.replaced = replaced  # an instance attribute `forward` that was there before, if any
         self.report = Report(type(model).__name__, settings.policy)
-        self._disabled = ""
         functools.update_wrapper(self, type(model).forward)
         self.__wrapped__ = type(model).forward.__get__(model) if replaced is None else replaced
         self._signature = inspect.signature(self.__wrapped__)
         self._prover = Prover() if settings.prove else None
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}  # by kind of call
+        self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -74,62 +74,47 @@ class OptimizedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.original(*args, **kwargs)  # somebody compiles around us: let them see the model
-        call = self._named(args, kwargs)
-        reason = self._disabled or self._not_covered(call)
-        if reason:
+        call = named_arguments(self._signature, args, kwargs)
+        reason = why_not_covered(self.model, call)
+        if reason or call is None:
             self.report.uncovered[reason] += 1
             return self.original(*args, **kwargs)
+        captured = as_captured(self.model, self._signature, call)
+        kind = kind_of(self.model, captured)
+        if kind in self._disabled:
+            self.report.fallbacks[self._disabled[kind]] += 1
+            return self.original(*args, **kwargs)
         try:
-            return reveal_on_touch(self._run(call))
-        except _COMPILER_ERRORS as error:
+            outputs = self._graphs_for(kind)(self.original, captured)
+        except Exception as error:
             # Whatever the reason, the original must run now; if the call itself is at fault, it says so better.
             outputs = self.original(*args, **kwargs)
-            self._disabled = _explained(error)
-            self.report.fallbacks[self._disabled] += 1
-            logger.warning("%s is not optimized: %s", self.report.model, self._disabled)
+            self._disabled[kind] = _explained(error)
+            self.report.fallbacks[self._disabled[kind]] += 1
+            logger.warning("a call of %s is not optimized: %s", self.report.model, self._disabled[kind])
             return outputs
+        return reveal_on_touch(outputs)
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        bound = self._signature.bind(*args, **kwargs)
-        call = dict(bound.arguments)
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                call.update(call.pop(name, {}))
-        return call
+    def why_not_covered(self, batch: Mapping[str, Any]) -> str:
+        """Why calls with `batch` run the original forward, or ''."""
+        call = named_arguments(self._signature, (), dict(batch))
+        return why_not_covered(self.model, call)
 
-    def _not_covered(self, call: dict[str, Any]) -> str:
-        """Why a call is not one that trains the model on its loss, or ''."""
-        labels = call.get("labels")
-        if not isinstance(labels, torch.Tensor):
-            return "the call has no labels"
-        if labels.numel() == 0:
-            return "the batch is empty"
-        for name in ("use_cache", "output_hidden_states", "output_attentions"):
-            if call.get(name):
-                return f"the call asks for {name}"
-        if call.get("past_key_values") is not None:
-            return "the call continues a cache"
-        config = getattr(self.model, "config", None)
-        if call.get("return_dict", getattr(config, "return_dict", True)) is False:
-            return "the call asks for a tuple"
-        for name in ("output_hidden_states", "output_attentions"):
-            if getattr(config, name, False):
-                return f"the model's config asks for {name}"
-        return ""
+    def _graphs_for(self, kind: Hashable) -> Callable[..., Any]:
+        """What runs calls of one kind. Each kind has a code object of its own, since Dynamo's cache is small."""
+        if kind not in self._compiled:
+            backend = functools.partial(self._backend, len(self._compiled))
+            self._compiled[kind] = torch.compile(_own_code(_captured_call), backend=backend)
+        return self._compiled[kind]
 
-    def _run(self, call: dict[str, Any]) -> Any:
-        if self._compiled is None:
-            self._compiled = torch.compile(_own_code(_captured_call), backend=self._backend)
-        return self._compiled(self.original, _as_captured(call))
-
-    def _backend(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """What Dynamo calls for each graph."""
+    def _backend(self, kind: int, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """What Dynamo calls for each graph of the `kind`-th kind of call."""
         start = time.perf_counter()
         before = snapshot(module)
         passes = (self.settings.pipeline or EXACT).run(module, self._prover)
-        wrap = defer_marked_outputs(module)
+        wrap = defer_marked_outputs(module, on_touch=self._count_logits)
         elapsed_ms = 1e3 * (time.perf_counter() - start)
-        self.report.graphs.append(GraphRecord(_frame(), _tidied(passes), before, snapshot(module), elapsed_ms))
+        self.report.graphs.append(GraphRecord(kind, _frame(), _tidied(passes), before, snapshot(module), elapsed_ms))
         if self.settings.backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
@@ -138,6 +123,9 @@ class OptimizedForward:
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
         return wrap(_without_cheap_results(module.forward))
+
+    def _count_logits(self) -> None:
+        self.report.logits_computed += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedForward:
         model = copy.deepcopy(self.model, memo)
@@ -166,32 +154,19 @@ def _without_cheap_results(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_counter = itertools.count()
+
+
 def _own_code(function: Callable[..., Any]) -> FunctionType:
-    """`function` with a code object of its own: Dynamo's cache and its limit belong to the code object."""
+    """`function` with a code object and a name of its own.
+
+    Dynamo's cache and its limit belong to the code object; what it remembers of changing numbers, to the name. A
+    second model with another epsilon would otherwise be captured with its epsilon as an unknown.
+    """
     assert isinstance(function, FunctionType)
-    code = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-
-
-def _as_captured(call: dict[str, Any]) -> dict[str, Any]:
-    """The call's arguments in the form that needs the fewest graphs and builds no needless mask."""
-    call = {name: value for name, value in call.items() if value is not None}
-    mask = call.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and "position_ids" not in call and bool(mask.all()):
-        del call["attention_mask"]  # as eager transformers does with a mask that masks nothing
-    if isinstance(call.get("num_items_in_batch"), int):
-        call["num_items_in_batch"] = torch.tensor(call["num_items_in_batch"])  # a number would be a new graph each
-    for name, value in call.items():
-        if isinstance(value, torch.Tensor):
-            call[name] = value = value.contiguous()  # strides that vary would be a new graph each
-            for axis in range(min(value.ndim, 2)):  # batch and sequence
-                if value.shape[axis] > 1:
-                    torch._dynamo.maybe_mark_dynamic(value, axis)
-    # Training has no use for a key-value cache, and building one breaks the graph.
-    return {**call, "use_cache": False}
-
-
-_COMPILER_ERRORS = (TorchDynamoException, InductorError)
+    name = f"{function.__name__}_{next(_counter)}"
+    code = function.__code__.replace(co_name=name, co_qualname=name)
+    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 def _explained(error: BaseException) -> str:

@@ -19,35 +19,58 @@ from fxopt.rewrite.graph import remove_dead_code
 
 
 class DeferredValue:
-    """A value of a captured graph that is not computed yet, with the inputs that it needs."""
+    """A value of a captured graph that is not computed yet, with the inputs and the modes that it needs."""
 
-    def __init__(self, compute: Callable[..., torch.Tensor], inputs: tuple[Any, ...]):
-        self._compute, self._inputs = compute, inputs
+    def __init__(self, compute: Callable[..., torch.Tensor], inputs: tuple[Any, ...], on_touch: Callable[[], None]):
+        self._compute, self._inputs, self._on_touch = compute, inputs, on_touch
         self._grad_enabled = torch.is_grad_enabled()
-        self._versions = [value._version for value in self._tensors()]
+        device = next(self._tensors()).device.type
+        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._marks = [_mark(value) for value in self._tensors()]
 
     def __call__(self) -> torch.Tensor:
         """The value, as it would have been computed in the call.
 
         Raises RuntimeError if an input has been written to since, as an optimizer does: the value is lost then.
         """
-        if self._versions != [value._version for value in self._tensors()]:
-            raise RuntimeError(
-                "the logits of this output were not computed in the forward call, and the parameters have changed "
-                "since; read `outputs.logits` before `optimizer.step()`"
-            )
-        with torch.set_grad_enabled(self._grad_enabled):
+        for value, (version, sample) in zip(self._tensors(), self._marks, strict=True):
+            if value._version != version or not torch.equal(_sample(value), sample):
+                raise RuntimeError(
+                    "the logits of this output were not computed in the forward call, and the parameters have changed "
+                    "since; read `outputs.logits` before `optimizer.step()`"
+                )
+        self._on_touch()
+        device, dtype, enabled = self._autocast
+        with torch.set_grad_enabled(self._grad_enabled), torch.autocast(device, dtype, enabled):
             return self._compute(*self._inputs)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         return (value for value in self._inputs if isinstance(value, torch.Tensor) and not value.is_inference())
 
 
-def defer_marked_outputs(module: fx.GraphModule) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+NUM_SAMPLES = 4096
+
+
+def _mark(value: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """What tells whether a tensor was written to. Its version does not, where a fused optimizer or `.data` wrote."""
+    return value._version, _sample(value).clone()
+
+
+def _sample(value: torch.Tensor) -> torch.Tensor:
+    if not isinstance(value, torch.nn.Parameter):
+        return value.detach().new_empty(0)
+    flat = value.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // NUM_SAMPLES)]
+
+
+def defer_marked_outputs(
+    module: fx.GraphModule, on_touch: Callable[[], None]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Take the nodes that only a `deferred` output needs out of `module`, in place.
 
     Returns a function that wraps what `module` is compiled to, so that the wrapped callable yields a
-    `DeferredValue` in that output's place. Markers of outputs that the graph computes anyway are just removed.
+    `DeferredValue` in that output's place, which calls `on_touch` when it is computed. Markers of outputs that the
+    graph computes anyway are just removed.
     """
     graph = module.graph
     output = next(iter(graph.find_nodes(op="output")))
@@ -83,7 +106,7 @@ def defer_marked_outputs(module: fx.GraphModule) -> Callable[[Callable[..., Any]
             known |= dict(zip(extra, values[len(results) :], strict=True))
             del values[len(results) :]
             for slot, (compute, needs) in late.items():
-                values[slot] = DeferredValue(compute, tuple(known[node] for node in needs))
+                values[slot] = DeferredValue(compute, tuple(known[node] for node in needs), on_touch)
             return values
 
         return call

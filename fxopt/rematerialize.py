@@ -37,13 +37,30 @@ class _Recipe:
         return result.view(self.shape)
 
 
-def _pack(tensor: Tensor) -> Tensor | _Recipe:
+class _Kept:
+    """A tensor that is saved as ever. With hooks, torch leaves the check for writes to whoever saves."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.version = tensor, tensor._version
+
+    def result(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a {self.tensor.dtype} tensor of shape {tuple(self.tensor.shape)} is at version "
+                f"{self.tensor._version}; expected version {self.version} instead"
+            )
+        return self.tensor
+
+
+def _pack(tensor: Tensor) -> _Kept | _Recipe:
     owner = tensor._base if tensor._base is not None else tensor  # a linear layer saves a flattened view
     node: Any = owner.grad_fn
-    if not hasattr(node, "recompute") or owner.output_nr != node.recomputed_output or not tensor.is_contiguous():
-        return tensor
-    return _Recipe(node, tensor.shape) if tensor.numel() == owner.numel() else tensor
+    recomputable = hasattr(node, "recompute") and owner.output_nr == node.recomputed_output
+    if recomputable and tensor.is_contiguous() and tensor.numel() == owner.numel():
+        return _Recipe(node, tensor.shape)
+    return _Kept(tensor)
 
 
-def _unpack(saved: Tensor | _Recipe) -> Tensor:
-    return saved.result() if isinstance(saved, _Recipe) else saved
+def _unpack(saved: _Kept | _Recipe) -> Tensor:
+    return saved.result()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
-from fxopt.rewrite.graph import dtype_of, shape_of
+from fxopt.rewrite.graph import dtype_of, shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
@@ -30,6 +30,10 @@ class FuseLinearCrossEntropy(Rule):
 
     @staticmethod
     def check(hidden: fx.Node, weight: fx.Node, labels: fx.Node, vocabulary: int) -> None:
+        dtype, device = dtype_of(hidden), value_of(hidden).device.type
+        require(dtype != torch.float16, "float16 gradients would be computed before the loss is scaled, and underflow")
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
+        require(not cast, f"autocast casts the {dtype} inputs of the output head")
         require(shape_of(weight)[:1] == (vocabulary,), f"the logits are viewed as rows of {vocabulary}")
         require(len(shape_of(labels)) == 1, "the labels are not one class for each row")
         require(not dtype_of(labels).is_floating_point, "the labels are probabilities")  # type: ignore[union-attr]

@@ -119,4 +119,4 @@ def _literals(value: Any) -> list[int]:
     return [value] if type(value) is int else []
 
 
-RESTORE_CAUSAL_ATTENTION = Pass("restore_causal_attention", True, restore_causal_attention)
+RESTORE_CAUSAL_ATTENTION = Pass("restore_causal_attention", restore_causal_attention)

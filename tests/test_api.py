@@ -67,3 +67,9 @@ def test_inspect_shows_what_changed(tmp_path):
         assert diff.save(tmp_path / f"diff{ending}").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"\.html"):
         diff.save(tmp_path / "diff.pdf")
+
+
+def test_verify_refuses_a_batch_that_is_not_optimized():
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    with pytest.raises(ValueError, match="no labels"):
+        fxopt.verify(model, {"input_ids": tiny_batch()["input_ids"]})

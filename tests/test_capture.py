@@ -5,11 +5,13 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel
 
 import fxopt
+from fxopt.passes.pipelines import EXACT
 from tests.tiny_models import tiny_batch, tiny_llama, tiny_model
 
 EXPECTED = {
@@ -321,13 +323,13 @@ def test_a_model_without_a_head_runs_as_before():
     assert "the call has no labels" in fxopt.report(model).uncovered
 
 
-def test_a_compiler_failure_falls_back_and_says_why(caplog):
+def test_a_compiler_failure_falls_back_and_says_why(caplog, monkeypatch):
     model = fxopt.optimize(tiny_llama(), "bf16")
 
     def broken(*_):
         raise torch._dynamo.exc.InternalTorchDynamoError("no luck")
 
-    model.forward._compiled = broken
+    monkeypatch.setattr(model.forward, "_graphs_for", lambda kind: broken)
     expected = fxopt.restore(copy.deepcopy(model))(**tiny_batch()).loss
     assert torch.equal(model(**tiny_batch()).loss, expected)
     assert any("no luck" in reason for reason in fxopt.report(model).fallbacks)
@@ -347,4 +349,132 @@ def test_inductor_computes_the_same():
     assert_trains_alike(model, tiny_batch())
     outputs = model(**tiny_batch())
     assert outputs.logits.shape == (3, 17, 307)
+    assert not fxopt.report(model).fallbacks
+
+
+def test_models_with_other_numbers_do_not_disturb_each_other():
+    """Dynamo remembers by name which numbers changed, and would capture the second epsilon as an unknown."""
+    for eps in (1e-5, 1e-6):
+        model = fxopt.optimize(tiny_llama(num_hidden_layers=1, rms_norm_eps=eps), "bf16")
+        model(**tiny_batch())
+        assert fxopt.report(model).hits["rms_norm"] == 3, eps
+
+
+def test_kinds_of_calls_do_not_use_up_the_compilers_cache():
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
+    for training in (True, False):
+        model.train(training)
+        for num_rows in (3, 1):
+            for padding in (0, 4):
+                for options in ({}, {"num_items_in_batch": 17}):
+                    with torch.set_grad_enabled(training):
+                        model(**tiny_batch(num_rows=num_rows, padding=padding), **options)
+    report = fxopt.report(model)
+    assert len(report.graphs) == 16 and not report.fallbacks and not report.recompiles
+    assert report.hits["rms_norm"] == 3
+
+
+def test_packed_rows_are_what_they_were():
+    model = fxopt.optimize(tiny_llama(), "fp32")
+    plain = fxopt.restore(copy.deepcopy(model))
+    batch = {name: value for name, value in tiny_batch(length=16).items() if name != "attention_mask"}
+    batch["position_ids"] = torch.arange(8).repeat(3, 2)
+    for options in ({}, {"use_cache": False}):
+        difference = model(**batch, **options).loss - plain(**batch, **options).loss
+        assert difference.abs() < 1e-5, options
+
+
+def test_a_write_to_what_backward_needs_is_an_error_as_ever():
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    loss = model(**tiny_batch()).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_logits_after_a_fused_optimizers_step_are_an_error():
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    outputs = model(**tiny_batch())
+    outputs.loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True).step()
+    with pytest.raises(RuntimeError, match=r"before `optimizer.step\(\)`"):
+        _ = outputs.logits
+
+
+def test_reading_logits_is_counted():
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    outputs = model(**tiny_batch())
+    assert fxopt.report(model).logits_computed == 0
+    _ = outputs.logits, outputs.logits
+    assert fxopt.report(model).logits_computed == 1
+
+
+def test_hooks_registered_later_run():
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    before = model(**tiny_batch()).loss
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 0)
+    plain = fxopt.restore(copy.deepcopy(model))
+    after = model(**tiny_batch()).loss
+    assert (after - plain(**tiny_batch()).loss).abs() < (after - before).abs() / 10
+
+
+class OwnModule(nn.Module):
+    """A model from outside transformers, whose forward knows no `use_cache`."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+
+    def forward(self, tokens, labels=None):
+        logits = self.head(self.embedding(tokens))
+        loss = nn.functional.cross_entropy(logits.view(-1, 50), labels.view(-1))
+        return {"loss": loss, "logits": logits}
+
+
+def test_a_model_from_outside_transformers_trains():
+    torch.manual_seed(0)
+    model = OwnModule()
+    tokens = torch.randint(0, 50, (3, 7))
+    expected = copy.deepcopy(model).to(torch.bfloat16)(tokens, tokens)["loss"]
+    loss = fxopt.optimize(model, "bf16")(tokens, labels=tokens)["loss"]
+    loss.backward()
+    assert (loss - expected).abs() < 0.02 and model.head.weight.grad is not None
+    assert not fxopt.report(model).fallbacks
+
+
+def test_a_wrapper_without_argument_names_runs_as_before():
+    model = tiny_llama()
+
+    def wrapper(*args, **kwargs):
+        return type(model).forward(model, *args, **kwargs)
+
+    model.forward = wrapper
+    fxopt.optimize(model, "bf16")
+    assert model(tiny_batch()["input_ids"], labels=tiny_batch()["labels"]).loss.isfinite()
+    assert "the call's arguments have no names" in fxopt.report(model).uncovered
+
+
+def test_a_model_with_a_pipeline_of_its_own_can_be_pickled():
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16", pipeline=EXACT.without("fuse_rope"))
+    copied = pickle.loads(pickle.dumps(model))
+    copied(**tiny_batch())
+    assert "rope" not in fxopt.report(copied).hits and fxopt.report(copied).hits["rms_norm"] == 3
+
+
+@pytest.mark.parametrize("name", ["OPTConfig", "MambaConfig"])
+def test_models_that_once_broke_train_alike(name):
+    config = getattr(transformers, name)(
+        vocab_size=307, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=32
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config.dropout = 0.0
+    for layer in getattr(model.base_model, "decoder", model.base_model).layers:
+        layer.dropout = 0.0
+    assert_trains_alike(fxopt.optimize(model, "fp32"), tiny_batch())
     assert not fxopt.report(model).fallbacks

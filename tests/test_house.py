@@ -26,6 +26,7 @@ FLOORS = {
     "fxopt.passes": 2,
     "fxopt.deferred_logits": 3,
     "fxopt.rematerialize": 3,
+    "fxopt.training_call": 3,
     "fxopt.capture": 3,
     "fxopt.verification": 3,
     "fxopt.inspection": 4,

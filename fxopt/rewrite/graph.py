@@ -16,8 +16,6 @@ MUTATING_OPERATORS = frozenset(
 )
 # In Dynamo's names of sources, what is not part of a path in the model.
 DYNAMO_WORDS = frozenset({"L", "G", "forward", "__self__", "call", "_modules", "_parameters", "_buffers"})
-# A node whose only effect is on autograd's mode: everything after it runs in another mode.
-GRAD_MODE_SWITCHES = frozenset({torch._C._set_grad_enabled})
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -69,6 +67,32 @@ def is_mutating(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def is_mode_switch(node: fx.Node) -> bool:
+    """Whether a node's effect is on how what follows it is computed: autograd's, autocast's or vmap's state."""
+    if node.op != "call_function":
+        return False
+    module = getattr(node.target, "__module__", "") or ""
+    name = getattr(node.target, "__name__", "")
+    in_functorch = "_functorch" in module or "functorch" in name or "vmap" in name
+    return (
+        in_functorch
+        or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+        or (value_of(node) is None and not isinstance(node.target, torch._ops.OpOverload) and not node.users)
+    )
+
+
+def storages_written(graph: fx.Graph) -> frozenset[int]:
+    """The storages that some node of `graph` writes to, by identity."""
+    targets = (node.all_input_nodes[0] for node in graph.nodes if is_mutating(node) and node.all_input_nodes)
+    return frozenset(storage for target in targets if (storage := storage_of(target)) is not None)
+
+
+def storage_of(node: Any) -> int | None:
+    """The identity of the storage that a node's fake value lies in; views share it."""
+    value = tensor_of(node)
+    return value.untyped_storage()._cdata if value is not None else None
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether two runs of the node may differ."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -77,7 +101,9 @@ def is_random(node: fx.Node) -> bool:
 
 def remove_dead_code(graph: fx.Graph) -> None:
     """Drop nodes that nobody uses. Writes, random numbers and mode switches stay, used or not."""
-    graph.eliminate_dead_code(lambda node: node.is_impure() or is_mutating(node) or is_random(node))
+    graph.eliminate_dead_code(
+        lambda node: node.is_impure() or is_mutating(node) or is_random(node) or is_mode_switch(node)
+    )
 
 
 def source_line(node: fx.Node) -> str:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxopt.rewrite.graph import is_mutating, source_line
+from fxopt.rewrite.graph import is_mode_switch, source_line, storage_of, storages_written
 from fxopt.rewrite.spelling import arguments_of, spell_out
 from fxopt.rewrite.trace import as_tuple, ops_called_by, trace
 
@@ -228,6 +228,7 @@ def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[N
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
     taken: set[fx.Node] = set()
+    written = storages_written(graph)
     anchor_pattern = pattern.results[-1]
     for node in graph.nodes:
         if (node.op, node.target) != (anchor_pattern.op, anchor_pattern.target):
@@ -235,7 +236,7 @@ def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[N
         comparison = _Comparison()
         for state in comparison.compare(anchor_pattern, node, _State()):
             match = _match_of(rule, pattern, state, order)
-            reason = _objection(match, taken)
+            reason = _objection(match, taken, written)
             if reason is None:
                 matches.append(match)
                 taken.update(match.nodes)
@@ -255,7 +256,7 @@ def _match_of(rule: type[Rule], pattern: _Pattern, state: _State, order: dict[fx
     return Match(rule, {name: state.names.get(name) for name in pattern.names}, nodes, results)
 
 
-def _objection(match: Match, taken: set[fx.Node]) -> str | None:
+def _objection(match: Match, taken: set[fx.Node], written: frozenset[int]) -> str | None:
     """Why a structural match is not one after all, or None."""
     inside = set(match.nodes)
     for node in match.nodes:
@@ -268,10 +269,13 @@ def _objection(match: Match, taken: set[fx.Node]) -> str | None:
     for name, value in match.bindings.items():
         if isinstance(value, fx.Node) and not value < first_result:
             return f"`{name}` is computed after `{first_result.name}`, which is needed before"
+    for node in (*match.nodes, *(value for value in match.bindings.values() if isinstance(value, fx.Node))):
+        if storage_of(node) in written:
+            return f"`{node.name}` is written to in place somewhere in the graph"
     between = match.nodes[0]
     while between is not match.anchor:
-        if is_mutating(between):
-            return f"`{between.name}` writes in place between the pattern's nodes"
+        if is_mode_switch(between):
+            return f"`{target_name(between)}`, between the pattern's nodes, changes how they are computed"
         between = between.next
     try:
         call_with(match.rule.check, match.bindings)

@@ -6,8 +6,9 @@ The pipeline is the only place that lints, recompiles, times and records; a pass
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import fx
 
@@ -59,32 +60,41 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Pass:
-    """A named change to a graph.
+    """A named change to a graph, made in place, that tells what it did.
 
-    `exact` says that every result stays at least as accurate as it was. `run(graph, prover)` changes the graph in
-    place and tells what it did; `prover` is None where the user asked for no proofs.
+    `exact` says that every result stays at least as accurate as it was. `change(graph, prover)` gets None for a prover
+    where the user asked for no proofs.
     """
 
     name: str
-    exact: bool
-    run: Callable[[fx.Graph, Prover | None], Outcome]
+    change: Callable[[fx.Graph, Prover | None], Outcome | None]
+    exact: bool = True
+
+    def run(self, graph: fx.Graph, prover: Prover | None) -> Outcome:
+        return self.change(graph, prover) or Outcome()
 
 
 def rules_pass(name: str, *rules: type[Rule], exact: bool = True) -> Pass:
     """A pass that applies `rules` wherever they match, the first that matches a place winning."""
-
-    def run(graph: fx.Graph, prover: Prover | None) -> Outcome:
-        outcome = Outcome()
-        for rule in rules:
-            outcome.extend(_apply_rule(graph, rule, prover))
-        return outcome
-
-    return Pass(name, exact, run)
+    return Pass(name, partial(_apply_rules, rules), exact)
 
 
-def simple_pass(name: str, change: Callable[[fx.Graph], Iterable[Change] | None], exact: bool = True) -> Pass:
-    """A pass that needs no rule: `change(graph)` edits the graph and may return what it did."""
-    return Pass(name, exact, lambda graph, prover: Outcome(changes=list(change(graph) or [])))
+def simple_pass(name: str, change: Callable[[fx.Graph], None], exact: bool = True) -> Pass:
+    """A pass that needs no proof: `change(graph)` edits the graph."""
+    return Pass(name, partial(_change_graph, change), exact)
+
+
+# Module-level functions, so that a pipeline can be pickled with the model that it optimizes.
+def _change_graph(change: Callable[[fx.Graph], None], graph: fx.Graph, prover: Prover | None) -> None:
+    del prover
+    change(graph)
+
+
+def _apply_rules(rules: tuple[type[Rule], ...], graph: fx.Graph, prover: Prover | None) -> Outcome:
+    outcome = Outcome()
+    for rule in rules:
+        outcome.extend(_apply_rule(graph, rule, prover))
+    return outcome
 
 
 def _apply_rule(graph: fx.Graph, rule: type[Rule], prover: Prover | None) -> Outcome:

@@ -20,8 +20,13 @@ MOST_REASONS = 12  # printed; `to_dict` has all
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One captured graph. Graphs with the same `frame` are recompilations of one piece of code."""
+    """One captured graph.
 
+    `kind` counts the kinds of call (training or evaluation, with or without a mask, …), which are captured one by
+    one. Within a kind, graphs with the same `frame` are recompilations of one piece of code.
+    """
+
+    kind: int
     frame: int
     passes: list[PassRecord]
     before: tuple[NodeRow, ...]
@@ -39,6 +44,7 @@ class Report:
     `graphs`: one `GraphRecord` per captured graph, in order of capture.
     `fallbacks`: why a call that fxopt covers ran the original forward all the same, and how often.
     `uncovered`: why a call went to the original forward by design (no labels, a cache, …), and how often.
+    `logits_computed`: how often the logits of an optimized call were read, and so computed.
     """
 
     model: str
@@ -46,15 +52,18 @@ class Report:
     graphs: list[GraphRecord] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     uncovered: Counter[str] = field(default_factory=Counter)
+    logits_computed: int = 0
 
     @property
     def hits(self) -> dict[str, int]:
-        """Op name → number of sites in the model. A recompiled graph does not count again."""
-        per_frame: dict[int, Counter[str]] = {}
-        for graph in self.graphs:
-            # Counter's | is the larger count of the two.
-            per_frame[graph.frame] = per_frame.get(graph.frame, Counter()) | graph.hits()
-        return dict(sum(per_frame.values(), Counter()))
+        """Op name → number of sites in the model. A site that is captured again does not count again."""
+        kinds: dict[int, Counter[str]] = {}
+        for graph in self._latest():
+            kinds[graph.kind] = kinds.get(graph.kind, Counter()) + graph.hits()
+        found: Counter[str] = Counter()
+        for hits in kinds.values():
+            found |= hits  # the larger count of the two: another kind of call captures the same sites again
+        return dict(found)
 
     @property
     def near_misses(self) -> list[NearMiss]:
@@ -69,7 +78,7 @@ class Report:
     @property
     def recompiles(self) -> int:
         """How many graphs were captured again for code that had one already."""
-        return len(self.graphs) - len({graph.frame for graph in self.graphs})
+        return len(self.graphs) - len({(graph.kind, graph.frame) for graph in self.graphs})
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -87,6 +96,7 @@ class Report:
             ],
             "graphs": [
                 {
+                    "kind": graph.kind,
                     "frame": graph.frame,
                     "nodes_before": len(graph.before),
                     "nodes_after": len(graph.after),
@@ -101,6 +111,7 @@ class Report:
             "recompiles": self.recompiles,
             "fallbacks": dict(self.fallbacks),
             "uncovered": dict(self.uncovered),
+            "logits_computed": self.logits_computed,
         }
 
     def __str__(self) -> str:
@@ -117,6 +128,12 @@ class Report:
         parts += _reasons("refused by the proof", self.refused)
         parts += [Text(f"fell back {n}×: {reason}", style="yellow") for reason, n in self.fallbacks.items()]
         parts += [Text(f"ran the original forward {n}×: {reason}", style="dim") for reason, n in self.uncovered.items()]
+        if self.logits_computed:
+            parts.append(
+                Text(
+                    f"logits were read after, and so computed for, {self.logits_computed} optimized calls", style="dim"
+                )
+            )
         return Group(*parts)
 
     def _headline(self) -> str:
@@ -149,11 +166,12 @@ class Report:
         return table
 
     def _latest(self) -> list[GraphRecord]:
-        """The graph of each frame that has the most rewrites, the latest among equals."""
-        best: dict[int, GraphRecord] = {}
+        """The graph of each piece of code that has the most rewrites, the latest among equals."""
+        best: dict[tuple[int, int], GraphRecord] = {}
         for graph in self.graphs:
-            if graph.frame not in best or graph.hits().total() >= best[graph.frame].hits().total():
-                best[graph.frame] = graph
+            known = best.get((graph.kind, graph.frame))
+            if known is None or graph.hits().total() >= known.hits().total():
+                best[graph.kind, graph.frame] = graph
         return list(best.values())
 
 

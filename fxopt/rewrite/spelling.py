@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.rewrite.graph import cast, dtype_of, tensor_of
+from fxopt.rewrite.graph import cast, dtype_of, tensor_of, value_of
 
 CASTING_METHODS = {
     "float": torch.float32,
@@ -139,7 +139,8 @@ def _spell_sizes(node: fx.Node) -> None:
     """`x.view(2, 3)` becomes `x.view((2, 3))`."""
     if node.op == "call_method" and str(node.target) in SIZE_METHODS:
         x, *sizes = node.args
-        if sizes and not isinstance(sizes[0], tuple | list):
+        is_whole_shape = len(sizes) == 1 and isinstance(value_of(sizes[0]), tuple | list)  # `x.view(y.shape)`
+        if sizes and not is_whole_shape:
             node.args = (x, tuple(sizes))
 
 

@@ -139,3 +139,16 @@ def test_a_mask_that_depends_on_a_tensor_stays():
     records = EXACT.run(captured(function, *inputs), None)
     (miss,) = [miss for record in records for miss in record.outcome.near_misses]
     assert "padding" in miss.reason
+
+
+def test_nothing_is_merged_across_autocast():
+    linear = torch.nn.Linear(8, 8)
+
+    def function(x):
+        outside = linear(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = linear(x)
+        return outside - inside
+
+    _, result = run_optimized(EXACT, function, X)
+    assert torch.equal(result, function(X)) and result.abs().max() > 0

@@ -199,3 +199,35 @@ def test_key_value_heads_stay_repeated_where_attention_drops_out():
 
     misses = near_misses(function, *(leaf(2, heads, 9, 16, dtype=torch.bfloat16) for heads in (4, 2, 2)))
     assert any("drops out" in miss.reason for miss in misses)
+
+
+def test_rms_norm_declines_a_variance_without_gradient():
+    def stopped(x, weight):
+        with torch.no_grad():
+            variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        return weight * (x.to(torch.float32) * torch.rsqrt(variance + 1e-5)).to(x.dtype)
+
+    inputs = leaf(3, 7, 32, dtype=torch.bfloat16), leaf(32, dtype=torch.bfloat16)
+    assert "rms_norm" not in optimized_targets(stopped, *inputs)
+
+
+def test_rms_norm_declines_an_input_that_is_written_to_later():
+    """Eager code saves a float32 copy of it; the op saves the input itself."""
+
+    def function(x, weight):
+        h = x * 1
+        y = normed(h, weight)
+        h += y
+        return h
+
+    inputs = leaf(3, 7, 32, dtype=torch.bfloat16), leaf(32, dtype=torch.bfloat16)
+    assert "rms_norm" not in optimized_targets(function, *inputs)
+    assert any("written to in place" in miss.reason for miss in near_misses(function, *inputs))
+
+
+def test_linear_cross_entropy_declines_float16():
+    def loss(hidden, weight, labels):
+        return F.cross_entropy(F.linear(hidden, weight).float().view(-1, 61), labels)
+
+    inputs = leaf(3, 7, 32, dtype=torch.float16), leaf(61, 32, dtype=torch.float16), torch.randint(0, 61, (21,))
+    assert any("float16" in miss.reason for miss in near_misses(loss, *inputs))

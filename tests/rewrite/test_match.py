@@ -99,7 +99,7 @@ def test_a_write_between_the_nodes_declines():
 
     matches, (near_miss,) = found(FuseTanh, function, X, Y.clone())
     assert not matches
-    assert "writes in place" in near_miss.reason
+    assert "written to in place" in near_miss.reason
 
 
 def test_matches_do_not_overlap():

@@ -1,0 +1,100 @@
+"""A call of a model's forward: which ones are optimized, and in which form they are captured."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+
+Call = dict[str, Any]  # arguments by name
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Call) -> Call | None:
+    """A call's arguments by name, or None where they have none. TypeError for what `signature` does not allow."""
+    call = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            call.update(call.pop(name, {}))
+        elif parameter.kind is parameter.VAR_POSITIONAL and call.pop(name, ()):
+            return None
+    return call
+
+
+def why_not_covered(model: nn.Module, call: Call | None) -> str:
+    """Why a call is not one that computes the model's loss and nothing else, or ''."""
+    if call is None:
+        return "the call's arguments have no names"
+    labels = call.get("labels")
+    if not isinstance(labels, torch.Tensor):
+        return "the call has no labels"
+    if labels.numel() == 0:
+        return "the batch is empty"
+    for name in ("use_cache", "output_hidden_states", "output_attentions"):
+        if call.get(name):
+            return f"the call asks for {name}"
+    if call.get("past_key_values") is not None:
+        return "the call continues a cache"
+    config = getattr(model, "config", None)
+    if call.get("return_dict", getattr(config, "return_dict", True)) is False:
+        return "the call asks for a tuple"
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(config, name, False):
+            return f"the model's config asks for {name}"
+    return ""
+
+
+def as_captured(model: nn.Module, signature: inspect.Signature, call: Call) -> Call:
+    """The call in the form that needs the fewest graphs and builds no needless mask, with the result it had."""
+    call = {name: value for name, value in call.items() if value is not None}
+    mask, packed = call.get("attention_mask"), "position_ids" in call
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not packed and _may_lack(signature, "attention_mask"):
+        if bool(mask.all()):
+            del call["attention_mask"]  # as eager transformers does with a mask that masks nothing
+    elif mask is None and packed and "use_cache" not in call and _would_cache(model):
+        # With a cache, transformers takes a row for one sequence; without one, it looks for several in `position_ids`.
+        tokens = call.get("input_ids", call.get("inputs_embeds"))
+        if isinstance(tokens, torch.Tensor):
+            call["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+    if isinstance(call.get("num_items_in_batch"), int):
+        call["num_items_in_batch"] = torch.tensor(call["num_items_in_batch"])  # a number would be a new graph each
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor):
+            call[name] = value = value.contiguous()  # strides that vary would be a new graph each
+            for axis in range(min(value.ndim, 2)):  # batch and sequence
+                if value.shape[axis] > 1:
+                    torch._dynamo.maybe_mark_dynamic(value, axis)
+    if _takes(signature, "use_cache"):
+        call["use_cache"] = False  # training has no use for a key-value cache, and building one breaks the graph
+    return call
+
+
+def kind_of(model: nn.Module, call: Call) -> Hashable:
+    """What calls have in common that can share their graphs: everything that Dynamo would capture anew for."""
+    shapes = tuple(
+        (name, tuple(size == 1 for size in value.shape[:2]) if isinstance(value, torch.Tensor) else None)
+        for name, value in sorted(call.items())
+    )
+    autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    modes = model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    # Dynamo does not look at hooks again once it has captured a module.
+    hooks = sum(len(getattr(module, name)) for module in model.modules() for name in _HOOKS)
+    return shapes, autocast, modes, hooks
+
+
+def _takes(signature: inspect.Signature, name: str) -> bool:
+    return name in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+
+def _may_lack(signature: inspect.Signature, name: str) -> bool:
+    parameter = signature.parameters.get(name)
+    return parameter is None or parameter.default is not parameter.empty
+
+
+def _would_cache(model: nn.Module) -> bool:
+    checkpointing = model.training and getattr(model, "is_gradient_checkpointing", False)
+    return bool(getattr(getattr(model, "config", None), "use_cache", False)) and not checkpointing

@@ -13,6 +13,7 @@ from examples.word_problems import word_problems
 
 Messages = list[dict[str, str]]
 IGNORED = -100
+LENGTH_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,17 @@ def prompts(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBas
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]]:
-    """Pads a list of examples on the right, to int64 tensors (batch, longest)."""
+    """Pads a list of examples on the right, to int64 tensors (batch, longest rounded up to a multiple of 16).
+
+    So that lengths come again: for every new one the libraries below keep some MB more of prepared matrix products.
+    """
     padding = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "labels": IGNORED}
 
     def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         longest = max(len(example["input_ids"]) for example in examples)
+        length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         return {
-            key: torch.tensor([example[key] + [fill] * (longest - len(example[key])) for example in examples])
+            key: torch.tensor([example[key] + [fill] * (length - len(example[key])) for example in examples])
             for key, fill in padding.items()
         }
 

@@ -9,7 +9,7 @@ rounds them; dlogits are scaled in float32 and rounded once; dweight is summed o
 Gradient, with p = softmax(logits) of a row and s the row's share of the loss (1 / number of labels for "mean"):
     dlogits = s * (p - onehot(label)), dhidden = dlogits @ weight, dweight = dlogitsᵀ @ hidden, dbias = Σ_rows dlogits
 Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them
-waits for the device once). The rest go through one reused buffer of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in
+waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. They go through one reused buffer of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in
 which dlogits replace the logits. For "mean" and "sum" the gradients are computed with the loss and saved; for "none"
 they are computed in the backward, chunk by chunk again.
 Bytes that must move: hidden and weight, their gradients, and 3 passes over the buffer for each chunk.
@@ -17,6 +17,7 @@ Bytes that must move: hidden and weight, their gradients, and 3 passes over the 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -26,6 +27,8 @@ from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, on_device, tl, 
 
 CHUNK_ROWS = 4096  # matrix products are at full speed long before; for small vocabularies
 CHUNK_BYTES = 64 * 2**20  # one chunk needs no float32 sum of the weight's gradient, so not smaller than this
+# Every step keeps another number of rows, and for each new shape of a matrix product oneDNN holds on to half a MB.
+ROW_MULTIPLE = 64
 _SOFTMAX_BYTES = 8 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
 _VOCABULARY_BLOCK = 4096  # rows of the weight's gradient that the CPU adds up at a time
 BLOCK = 4096  # columns that a Triton program holds at a time
@@ -155,27 +158,28 @@ def _loss_and_grads(
     num_rows, vocabulary = hidden.shape[0], weight.shape[0]
     kept = labels != ignore_index
     kept_rows = kept.nonzero().squeeze(1)
-    all_kept = kept_rows.numel() == num_rows
-    if not all_kept:
-        hidden, labels = hidden.index_select(0, kept_rows), labels.index_select(0, kept_rows)
-    _check_labels(labels, vocabulary)
-    num_kept = labels.shape[0]
-
+    num_kept = kept_rows.numel()
+    all_kept = num_kept == num_rows
     want_grads = want_hidden or want_weight or want_bias
     scales: Tensor | None = None
     if want_grads and row_scales is not None:
-        scales = row_scales.to(dtype).index_select(0, kept_rows)
+        scales = row_scales.to(dtype)
     elif want_grads:
-        scales = hidden.new_full((num_kept,), 1 / max(num_kept, 1) if reduction == "mean" else 1.0, dtype=dtype)
+        scales = hidden.new_full((num_rows,), 1 / max(num_kept, 1) if reduction == "mean" else 1.0, dtype=dtype)
+    if not all_kept:
+        hidden, labels = _take_rows(hidden, kept_rows), _take_rows(labels, kept_rows)
+        scales = None if scales is None else _take_rows(scales, kept_rows)
+    _check_labels(labels, vocabulary)
 
-    chunks = _chunks(num_kept, vocabulary * hidden.element_size())
-    # With one chunk its products are the gradients; sums over several are kept in float32.
-    sum_dtype = dtype if len(chunks) > 1 else weight.dtype
+    chunks = _chunks(labels.shape[0], vocabulary * hidden.element_size())
+    # With one chunk its product is the weight's gradient; a sum over several is kept in float32.
+    summed = len(chunks) != 1
     # A row's loss and their sum are float64 where the device has it: few numbers, and no luck in the last digit.
-    losses = hidden.new_empty(num_kept, dtype=torch.float64 if hidden.device.type in ("cpu", "cuda") else dtype)
+    losses = hidden.new_empty(labels.shape, dtype=torch.float64 if hidden.device.type in ("cpu", "cuda") else dtype)
     buffer = hidden.new_empty(max((chunk.stop - chunk.start for chunk in chunks), default=0), vocabulary)
     dhidden = hidden.new_empty(hidden.shape if want_hidden else 0)
-    dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=sum_dtype)
+    new_dweight = partial(weight.new_zeros, dtype=dtype) if summed else weight.new_empty
+    dweight = new_dweight(weight.shape if want_weight else 0)
     dbias = weight.new_zeros(vocabulary if want_bias else 0, dtype=dtype)
 
     for chunk in chunks:
@@ -187,18 +191,28 @@ def _loss_and_grads(
         softmax_rows(logits, labels[chunk], None if scales is None else scales[chunk], losses[chunk])
         if want_hidden:
             torch.mm(logits, weight, out=dhidden[chunk])
-        if want_weight:
+        if want_weight and summed:
             _add_product(dweight, logits.t(), h)
+        elif want_weight:
+            torch.mm(logits.t(), h, out=dweight)
         if want_bias:
             dbias += logits.sum(0, dtype=dtype)
 
+    losses = losses[:num_kept]
     if want_hidden and not all_kept:
-        dhidden = hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, kept_rows, dhidden)
+        dhidden = hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, kept_rows, dhidden[:num_kept])
     if reduction == "none":
         loss = losses if all_kept else losses.new_zeros(num_rows).index_copy_(0, kept_rows, losses)
     else:
         loss = losses.sum() if reduction == "sum" else losses.mean()
     return loss.to(dtype), dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The rows of that number, then zeros up to a multiple of ROW_MULTIPLE: their dlogits are zero, as their scale is."""
+    taken = tensor.new_zeros(-(-rows.numel() // ROW_MULTIPLE) * ROW_MULTIPLE, *tensor.shape[1:])
+    torch.index_select(tensor, 0, rows, out=taken[: rows.numel()])
+    return taken
 
 
 def _chunks(num_rows: int, row_bytes: int) -> list[slice]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from examples.chat_data import IGNORED, Conversation, collator, conversation, load_conversations, tokenize
+from examples.chat_data import IGNORED, LENGTH_MULTIPLE, Conversation, collator, conversation, load_conversations, tokenize
 
 ASKED = [{"role": "user", "content": "2 + 2?"}]
 
@@ -44,7 +44,9 @@ def test_collator_pads_on_the_right(tokenizer: PreTrainedTokenizerFast) -> None:
     short, long = tokenize([Conversation(ASKED, "4"), Conversation(ASKED, "four, I think")], tokenizer)
     batch = collator(tokenizer)([short, long])
     length = len(short["input_ids"])
-    assert batch["input_ids"].shape == (2, len(long["input_ids"]))
+    rows, width = batch["input_ids"].shape
+    assert (rows, width % LENGTH_MULTIPLE) == (2, 0)
+    assert 0 <= width - len(long["input_ids"]) < LENGTH_MULTIPLE
     assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([length, len(long["input_ids"])]))
     assert (batch["labels"][0, length:] == IGNORED).all()
 

@@ -147,7 +147,7 @@ def test_without_gradients_none_is_computed(device: str) -> None:
 @pytest.mark.parametrize("softmax", ["_softmax_rows", "_softmax_rows_triton"])
 @pytest.mark.usefixtures("small_chunks")
 def test_never_holds_the_logits(softmax: str, device: str, monkeypatch: Any) -> None:
-    """One buffer of a chunk's rows is all there is, and ignored rows never enter it."""
+    """One buffer of a chunk's rows is all there is, and of the ignored rows none but a few zeros enter it."""
     seen: list[tuple[int, int]] = []
     original = getattr(kernel, softmax)
 
@@ -160,7 +160,8 @@ def test_never_holds_the_logits(softmax: str, device: str, monkeypatch: Any) -> 
     linear_cross_entropy(hidden, weight, labels).backward()
     if not seen:
         pytest.skip(f"{softmax} is not what this device runs")
-    assert sum(rows for rows, _ in seen) == (labels != -100).sum()
+    num_kept = int((labels != -100).sum())
+    assert sum(rows for rows, _ in seen) == -(-num_kept // kernel.ROW_MULTIPLE) * kernel.ROW_MULTIPLE < 100
     assert max(rows for rows, _ in seen) <= kernel.CHUNK_ROWS
     assert len({address for _, address in seen}) == 1
 

@@ -7,10 +7,8 @@ falls on all of them. Without options the batches are the demo's own; ``--sequen
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.quiet import silence_libraries
+from examples.variants import names_among, run_afresh
 
 VARIANTS = {
     "plain": "eager bf16",
@@ -42,11 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         Path(options.worker).write_text(json.dumps(measure(options)))
         return 0
     console = Console(stderr=options.json)
-    variants = options.variants.split(",")
-    unknown = sorted(set(variants) - set(VARIANTS))
-    if unknown:
-        console.print(f"unknown variant {unknown[0]!r}: choose among {', '.join(VARIANTS)}")
-        return 2
+    variants = options.variants
     if "compile" in variants and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         console.print("torch.compile is left out: it needs a C++ compiler, and there is none")
         variants.remove("compile")
@@ -59,18 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             for variant in variants:
                 progress.update(task, description=VARIANTS[variant])
                 result = Path(folder) / "result.json"
-                command = [sys.executable, __file__, *(arguments or sys.argv[1:])]
-                child = subprocess.run(
-                    [*command, "--variants", variant, "--worker", str(result)],
-                    env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                if child.returncode:
-                    console.print(child.stderr, markup=False)
-                    console.print(f"measuring {variant!r} failed (exit code {child.returncode})")
-                    return 1
+                own = ("--variants", variant, "--worker", str(result))
+                run_afresh(variant, __file__, *(arguments or sys.argv[1:]), *own, quiet=True)
                 rounds[variant].append(json.loads(result.read_text()))
                 progress.advance(task)
 
@@ -91,7 +76,7 @@ def measure(options: argparse.Namespace) -> Figures:
     from examples.process_memory import PeakMemory, resident_bytes
 
     torch.manual_seed(options.seed)
-    (variant,) = options.variants.split(",")
+    (variant,) = options.variants
     folder = _weights(options.model)
     batches, workload = _batches(options, folder)
     on_gpu = torch.cuda.is_available()
@@ -253,7 +238,12 @@ def _batches(options: argparse.Namespace, folder: str | None) -> tuple[list[dict
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="name on the Hub or local path; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"comma-separated, of {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variants",
+        type=names_among(VARIANTS),
+        default=",".join(VARIANTS),
+        help=f"comma-separated, of {', '.join(VARIANTS)}",
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, help="random tokens of this length, not the demo's batches")
     parser.add_argument("--masked-fraction", type=float, default=0.0, help="of each row's labels, from its start")

@@ -12,8 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.quiet import silence_libraries
+from examples.variants import names_among, run_afresh
 
 VARIANTS = {
     "fp32": "fp32 weights, fp32 compute, nearest: the truth",
@@ -57,17 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    variants = options.variants.split(",")
-    unknown = sorted(set(variants) - set(VARIANTS))
-    if unknown:
-        console.print(f"unknown variant {unknown[0]!r}: choose among {', '.join(VARIANTS)}")
-        return 2
     silence_libraries()
     from examples.smollm2 import smollm2_folder
 
     model = options.model or str(smollm2_folder())
     curves: dict[str, dict[str, float]] = {}
-    for variant in variants:
+    for variant in options.variants:
         settings = Settings(
             variant,
             model,
@@ -81,12 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         file = output / f"{variant}.json"
         if not _is_complete(file, settings):
             file.write_text(json.dumps({"settings": dataclasses.asdict(settings), "held_out_loss": {}}))
-            child = subprocess.run(
-                [sys.executable, __file__, "--worker", str(file)], env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-            )
-            if child.returncode:
-                console.print(f"the run {variant!r} failed (exit code {child.returncode}); its messages are above")
-                return 1
+            run_afresh(variant, __file__, "--worker", str(file))
         curves[variant] = json.loads(file.read_text())["held_out_loss"]
 
     console.print(table(curves))
@@ -235,7 +224,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", help="folder with train.jsonl and test.jsonl; default: generated word problems")
     parser.add_argument("--model", help="name on the Hub or local path; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--variants", default="fp32,fxopt,mixed,plain", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variants", type=names_among(VARIANTS), default="fp32,fxopt,mixed,plain", help=f"of {', '.join(VARIANTS)}"
+    )
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--batch-size", type=int, default=8, help="problems a step")

@@ -7,8 +7,6 @@ and the same data in the same order.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.quiet import silence_libraries
+from examples.variants import names_among, run_afresh
 
 VARIANTS = {
     "plain": ("plain bf16", "bf16 weights, torch's AdamW: what from_pretrained(dtype=bfloat16) gives"),
@@ -35,11 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     folder = Path(options.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    variants = options.variants.split(",")
-    unknown = sorted(set(variants) - set(VARIANTS))
-    if unknown:
-        console.print(f"unknown variant {unknown[0]!r}: choose among {', '.join(VARIANTS)}")
-        return 2
     model = options.model
     if model is None:
         console.print("Preparing SmolLM2-135M-Instruct (the first time about 20 s)")
@@ -53,10 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
 
     figures: dict[str, dict[str, Any]] = {}
-    for number, variant in enumerate(variants, start=1):
+    for number, variant in enumerate(options.variants, start=1):
         title, meaning = VARIANTS[variant]
         console.print(
-            f"[bold]{number}/{len(variants)}  {title}[/bold]: {meaning}; {options.steps} steps", soft_wrap=True
+            f"[bold]{number}/{len(options.variants)}  {title}[/bold]: {meaning}; {options.steps} steps", soft_wrap=True
         )
         settings = {
             "variant": variant,
@@ -78,11 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         request = folder / f"{variant}-settings.json"
         request.write_text(json.dumps(settings, indent=2))
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        child = subprocess.run([sys.executable, ROOT / "examples" / "fine_tune.py", request], env=environment)
-        if child.returncode:
-            console.print(f"the run {variant!r} failed (exit code {child.returncode}); its messages are above")
-            return 1
+        run_afresh(variant, ROOT / "examples" / "fine_tune.py", str(request))
         figures[variant] = json.loads((folder / f"{variant}.json").read_text())
 
     console.print(table(figures))
@@ -133,7 +123,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-problems", type=int, default=24, help="held-out problems")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="length of a generated answer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variants", default="plain,mixed,fxopt", help="comma-separated, of plain, mixed, fxopt, fp32")
+    parser.add_argument(
+        "--variants",
+        type=names_among(VARIANTS),
+        default="plain,mixed,fxopt",
+        help=f"comma-separated, of {', '.join(VARIANTS)}",
+    )
     parser.add_argument(
         "--output", default=str(ROOT / "runs" / "demo"), help="folder for the figures and the graph diff"
     )

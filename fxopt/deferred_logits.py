@@ -24,7 +24,7 @@ class DeferredValue:
     def __init__(self, compute: Callable[..., torch.Tensor], inputs: tuple[Any, ...], on_touch: Callable[[], None]):
         self._compute, self._inputs, self._on_touch = compute, inputs, on_touch
         self._grad_enabled = torch.is_grad_enabled()
-        device = next(self._tensors()).device.type
+        device = next(value for value in inputs if isinstance(value, torch.Tensor)).device.type
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self._marks = [_mark(value) for value in self._tensors()]
 

@@ -9,9 +9,9 @@ rounds them; dlogits are scaled in float32 and rounded once; dweight is summed o
 Gradient, with p = softmax(logits) of a row and s the row's share of the loss (1 / number of labels for "mean"):
     dlogits = s * (p - onehot(label)), dhidden = dlogits @ weight, dweight = dlogitsᵀ @ hidden, dbias = Σ_rows dlogits
 Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them
-waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. They go through one reused buffer of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in
-which dlogits replace the logits. For "mean" and "sum" the gradients are computed with the loss and saved; for "none"
-they are computed in the backward, chunk by chunk again.
+waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. They go through one reused buffer
+of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in which dlogits replace the logits. For "mean" and "sum" the
+gradients are computed with the loss and saved; for "none" they are computed in the backward, chunk by chunk again.
 Bytes that must move: hidden and weight, their gradients, and 3 passes over the buffer for each chunk.
 """
 
@@ -209,7 +209,7 @@ def _loss_and_grads(
 
 
 def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """The rows of that number, then zeros up to a multiple of ROW_MULTIPLE: their dlogits are zero, as their scale is."""
+    """Those rows, then zeros up to a multiple of ROW_MULTIPLE; as their scale is zero, so are their dlogits."""
     taken = tensor.new_zeros(-(-rows.numel() // ROW_MULTIPLE) * ROW_MULTIPLE, *tensor.shape[1:])
     torch.index_select(tensor, 0, rows, out=taken[: rows.numel()])
     return taken

@@ -1,66 +1,16 @@
-"""An optimized model behaves as the original in everything but speed and memory."""
+"""Calls of an optimized model train as the original's do, in whatever way they are captured."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel
 
 import fxopt
-from fxopt.passes.pipelines import EXACT
-from tests.tiny_models import tiny_batch, tiny_llama, tiny_model
-
-EXPECTED = {
-    "rms_norm": 5,
-    "add_rms_norm": 4,
-    "swiglu": 2,
-    "rope": 4,
-    "linear_cross_entropy": 1,
-    "causal_attention": 2,
-    "grouped_query_attention": 2,
-}
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def loss_and_gradients(model, batch, **options):
-    model.zero_grad()
-    loss = model(**batch, **options).loss
-    loss.backward()
-    return {"loss": loss.detach(), **gradients(model)}
-
-
-def assert_trains_alike(model, batch, **options):
-    """Loss and every gradient, against float64, by the accuracy rule; the same parameters get gradients.
-
-    Errors are root mean squares over three batches: a whole model's error in one number is a matter of luck.
-    """
-    plain = fxopt.restore(copy.deepcopy(model))
-    exact = copy.deepcopy(plain).double()
-    rounding = torch.finfo(model.dtype).eps / 2
-    errors: dict[str, list[torch.Tensor]] = {}
-    for turn in range(3):
-        turned = {**batch, "input_ids": batch["input_ids"].roll(turn, 0), "labels": batch["labels"].roll(turn, 0)}
-        turned["input_ids"] = (turned["input_ids"] + turn) % model.config.vocab_size
-        found, eager, truth = (loss_and_gradients(m, turned, **options) for m in (model, plain, exact))
-        assert set(found) == set(eager)
-        for name, true in truth.items():
-            if true.isnan().any():
-                assert found[name].isnan().equal(eager[name].isnan()), name
-                continue
-            sums = torch.stack([(side - true).double().square().sum() for side in (found[name], eager[name], 0 * true)])
-            errors.setdefault(name, []).append(sums)
-    for name, sums in errors.items():
-        error, eager_error, size = torch.stack(sums).sum(0).sqrt()
-        # transformers rounds the loss to float32 in the float64 model too, so there are two roundings between them.
-        allowed = 2 * rounding if name == "loss" else rounding
-        assert error <= 1.1 * eager_error + allowed * size, (name, error / size, eager_error / size)
+from tests.tiny_models import LLAMA_HITS, tiny_batch, tiny_llama, tiny_model
+from tests.training import assert_trains_alike, gradients
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
@@ -68,7 +18,7 @@ def assert_trains_alike(model, batch, **options):
 def test_trains_alike_on_several_families(kind, policy):
     model = fxopt.optimize(tiny_model(kind), policy)
     assert_trains_alike(model, tiny_batch())
-    assert fxopt.report(model).hits.items() >= {k: v for k, v in EXPECTED.items() if "attention" not in k}.items()
+    assert fxopt.report(model).hits.items() >= {k: v for k, v in LLAMA_HITS.items() if "attention" not in k}.items()
     assert not fxopt.report(model).refused and not fxopt.report(model).fallbacks
 
 
@@ -117,7 +67,7 @@ def test_gradient_checkpointing(use_reentrant):
     assert_trains_alike(model, tiny_batch())
     hits = fxopt.report(model).hits
     assert {op: hits[op] for op in ("rms_norm", "swiglu", "rope", "causal_attention")} == {
-        op: EXPECTED[op] for op in ("rms_norm", "swiglu", "rope", "causal_attention")
+        op: LLAMA_HITS[op] for op in ("rms_norm", "swiglu", "rope", "causal_attention")
     }
 
 
@@ -143,43 +93,6 @@ def test_variable_lengths_take_one_graph():
     assert len(fxopt.report(model).graphs) == 1
     model(**tiny_batch(padding=3)).loss.backward()
     assert len(fxopt.report(model).graphs) == 2
-
-
-def test_logits_are_computed_when_touched_with_their_gradient():
-    model = fxopt.optimize(tiny_llama(), "bf16")
-    plain = fxopt.restore(copy.deepcopy(model))
-    batch = tiny_batch()
-    outputs, expected = model(**batch), plain(**batch, use_cache=False)
-    assert type(outputs).__name__ == type(expected).__name__ and isinstance(outputs, type(expected))
-    assert list(outputs.keys()) == list(expected.keys()) and len(outputs) == len(expected)
-    assert not isinstance(dict.__getitem__(outputs, "logits"), torch.Tensor), "logits were computed"
-    assert outputs[0] is outputs.loss and outputs["loss"] is outputs.loss
-    assert not isinstance(dict.__getitem__(outputs, "logits"), torch.Tensor), "reading the loss computed the logits"
-    for logits in (outputs.logits, outputs["logits"], outputs[1], outputs[1:][0], outputs.to_tuple()[1]):
-        torch.testing.assert_close(logits, expected.logits, rtol=0.02, atol=0.02)
-    assert outputs.logits is outputs[1]
-    outputs.logits.float().square().mean().backward()
-    expected.logits.float().square().mean().backward()
-    for name, gradient in gradients(model).items():
-        reference = dict(plain.named_parameters())[name].grad
-        assert (gradient - reference).float().norm() <= 0.02 * reference.float().norm(), name
-
-
-def test_logits_after_the_parameters_changed_are_an_error():
-    model = fxopt.optimize(tiny_llama(), "bf16")
-    outputs = model(**tiny_batch())
-    outputs.loss.backward()
-    fxopt.optimizer(model, lr=1e-3).step()
-    with pytest.raises(RuntimeError, match=r"before `optimizer.step\(\)`"):
-        _ = outputs.logits
-
-
-def test_an_output_can_be_pickled():
-    model = fxopt.optimize(tiny_llama(), "bf16").eval()
-    with torch.no_grad():
-        outputs = model(**tiny_batch())
-    copied = pickle.loads(pickle.dumps(outputs))
-    assert torch.equal(copied.logits, outputs.logits)
 
 
 def test_calls_that_are_not_covered_are_the_originals():
@@ -230,89 +143,6 @@ def test_an_empty_batch_does_what_the_original_does():
         fxopt.restore(model)(**empty)
 
 
-def test_copies_and_pickles_are_optimized_models_of_their_own():
-    model = fxopt.optimize(tiny_llama(), "bf16")
-    batch = tiny_batch()
-    loss = model(**batch).loss
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.forward.model is other
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.mul_(0.5)
-        assert other(**batch).loss != loss
-        assert fxopt.report(other).hits == EXPECTED
-    assert model(**batch).loss == loss
-
-
-def test_saves_and_loads_as_before(tmp_path):
-    plain = tiny_llama()
-    model = fxopt.optimize(copy.deepcopy(plain), "bf16")
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert type(model) is type(plain)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.bfloat16
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-
-
-def test_optimizing_again_starts_over():
-    model = fxopt.optimize(tiny_llama(), "fp32")
-    original = model.forward.original
-    fxopt.optimize(model, "bf16")
-    assert model.dtype == torch.bfloat16 and model.forward.original == original
-    assert fxopt.report(model).policy == "bf16"
-
-
-def test_restore_gives_the_original_back():
-    model = tiny_llama()
-    fxopt.restore(fxopt.optimize(model, "bf16"))
-    assert "forward" not in model.__dict__
-    with pytest.raises(ValueError, match="not optimized"):
-        fxopt.report(model)
-
-
-def test_an_instances_own_forward_is_kept():
-    model = tiny_llama()
-    calls = []
-
-    def counting(*args, **kwargs):
-        calls.append(1)
-        return type(model).forward(model, *args, **kwargs)
-
-    model.forward = counting
-    fxopt.optimize(model, "bf16")
-    assert model(**tiny_batch()).loss.isfinite() and calls
-    assert fxopt.restore(model).forward is counting
-
-
-@pytest.mark.slow
-def test_many_models_stay_optimized_side_by_side():
-    plain = tiny_llama().to(torch.bfloat16)
-    batch = tiny_batch()
-    before = plain(**batch).loss
-    models = [fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16") for _ in range(20)]
-    for model in models:
-        model(**batch)
-    assert all(fxopt.report(model).hits["linear_cross_entropy"] == 1 for model in models)
-    assert not any(fxopt.report(model).fallbacks or fxopt.report(model).recompiles for model in models)
-    assert torch.equal(plain(**batch).loss, before) and not isinstance(plain.forward, type(models[0].forward))
-
-
-@pytest.mark.parametrize("optimize_first", [True, False])
-def test_peft_before_and_after(optimize_first):
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-    base = tiny_llama()
-    if optimize_first:
-        model = get_peft_model(fxopt.optimize(base, "bf16"), lora)
-    else:
-        model = get_peft_model(base, lora)
-        fxopt.optimize(model, "bf16")
-    model(**tiny_batch()).loss.backward()
-    report = fxopt.report(model)
-    assert report.hits["rms_norm"] == 5 and report.hits["linear_cross_entropy"] == 1
-    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-
-
 def test_a_model_without_a_head_runs_as_before():
     torch.manual_seed(0)
     model = LlamaModel(tiny_llama().config)
@@ -352,14 +182,6 @@ def test_inductor_computes_the_same():
     assert not fxopt.report(model).fallbacks
 
 
-def test_models_with_other_numbers_do_not_disturb_each_other():
-    """Dynamo remembers by name which numbers changed, and would capture the second epsilon as an unknown."""
-    for eps in (1e-5, 1e-6):
-        model = fxopt.optimize(tiny_llama(num_hidden_layers=1, rms_norm_eps=eps), "bf16")
-        model(**tiny_batch())
-        assert fxopt.report(model).hits["rms_norm"] == 3, eps
-
-
 def test_kinds_of_calls_do_not_use_up_the_compilers_cache():
     model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     for training in (True, False):
@@ -392,23 +214,6 @@ def test_a_write_to_what_backward_needs_is_an_error_as_ever():
             parameter.add_(0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_logits_after_a_fused_optimizers_step_are_an_error():
-    model = fxopt.optimize(tiny_llama(), "bf16")
-    outputs = model(**tiny_batch())
-    outputs.loss.backward()
-    torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True).step()
-    with pytest.raises(RuntimeError, match=r"before `optimizer.step\(\)`"):
-        _ = outputs.logits
-
-
-def test_reading_logits_is_counted():
-    model = fxopt.optimize(tiny_llama(), "bf16")
-    outputs = model(**tiny_batch())
-    assert fxopt.report(model).logits_computed == 0
-    _ = outputs.logits, outputs.logits
-    assert fxopt.report(model).logits_computed == 1
 
 
 def test_hooks_registered_later_run():
@@ -454,13 +259,6 @@ def test_a_wrapper_without_argument_names_runs_as_before():
     fxopt.optimize(model, "bf16")
     assert model(tiny_batch()["input_ids"], labels=tiny_batch()["labels"]).loss.isfinite()
     assert "the call's arguments have no names" in fxopt.report(model).uncovered
-
-
-def test_a_model_with_a_pipeline_of_its_own_can_be_pickled():
-    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16", pipeline=EXACT.without("fuse_rope"))
-    copied = pickle.loads(pickle.dumps(model))
-    copied(**tiny_batch())
-    assert "rope" not in fxopt.report(copied).hits and fxopt.report(copied).hits["rms_norm"] == 3
 
 
 @pytest.mark.parametrize("name", ["OPTConfig", "MambaConfig"])

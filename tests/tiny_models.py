@@ -23,6 +23,17 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 
+# What the rules find in a `tiny_llama` called with `tiny_batch()`.
+LLAMA_HITS = {
+    "rms_norm": 5,
+    "add_rms_norm": 4,
+    "swiglu": 2,
+    "rope": 4,
+    "linear_cross_entropy": 1,
+    "causal_attention": 2,
+    "grouped_query_attention": 2,
+}
+
 
 def tiny_llama(**options: Any) -> LlamaForCausalLM:
     """A Llama of two layers, the same weights every time."""

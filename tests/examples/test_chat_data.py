@@ -8,7 +8,15 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from examples.chat_data import IGNORED, LENGTH_MULTIPLE, Conversation, collator, conversation, load_conversations, tokenize
+from examples.chat_data import (
+    IGNORED,
+    LENGTH_MULTIPLE,
+    Conversation,
+    collator,
+    conversation,
+    load_conversations,
+    tokenize,
+)
 
 ASKED = [{"role": "user", "content": "2 + 2?"}]
 

@@ -52,7 +52,7 @@ def test_demo_prints_table_report_and_diff(tiny_model: Path, tmp_path: Path) -> 
 def test_demo_names_a_wrong_variant_and_wrong_columns(tiny_model: Path, tmp_path: Path) -> None:
     done = run("examples/demo.py", "--variants", "plian", "--output", tmp_path, cwd=tmp_path)
     assert done.returncode == 2
-    assert "'plian'" in done.stdout
+    assert "'plian'" in done.stderr
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(64)))
     options = ["--steps", "1", "--batch-size", "1", "--eval-problems", "1", "--variants", "plain"]

@@ -251,7 +251,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=49152, help="random tokens are below this")
     parser.add_argument("--steps", type=int, default=8, help="of each process")
     parser.add_argument("--warmup", type=int, default=3, help="first steps of each process that are not counted")
-    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per variant")
+    parser.add_argument("--repeats", type=int, default=2, help="fresh processes per variant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -79,7 +79,7 @@ def report(model: nn.Module) -> Report:
 
 
 def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
-    """Loss and every gradient of an optimized model on `batch`, against its original forward and against float32.
+    """Loss and every gradient of an optimized model on `batch`, against its original forward and against float64.
 
     The model's parameters, gradients and random state are as before when this returns. Raises ValueError for a batch
     that runs the original forward, such as one without labels.

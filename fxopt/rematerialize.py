@@ -8,14 +8,21 @@ saves the result, a linear layer or an adapter beside it, then holds the node in
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def rematerializing() -> torch.autograd.graph.saved_tensors_hooks:
-    """A context in which results of fxopt's ops are not saved for backward, but computed again."""
+def rematerializing() -> AbstractContextManager[None]:
+    """A context in which results of fxopt's ops are not saved for backward, but computed again.
+
+    Does nothing where hooks for saved tensors are in force already, such as those of an outer checkpoint: only the
+    innermost are called, and they are the caller's.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
 
 
@@ -41,7 +48,8 @@ class _Kept:
     """A tensor that is saved as ever. With hooks, torch leaves the check for writes to whoever saves."""
 
     def __init__(self, tensor: Tensor):
-        self.tensor, self.version = tensor, tensor._version
+        # Detached (torch attaches the graph again): an op that saves its own result would hold itself for ever.
+        self.tensor, self.version = tensor.detach(), tensor._version
 
     def result(self) -> Tensor:
         if self.tensor._version != self.version:

@@ -32,6 +32,8 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
     labels = call.get("labels")
     if not isinstance(labels, torch.Tensor):
         return "the call has no labels"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "the call is inside a torch.func transform"
     if labels.numel() == 0:
         return "the batch is empty"
     for name in ("use_cache", "output_hidden_states", "output_attentions"):
@@ -83,6 +85,7 @@ def kind_of(model: nn.Module, call: Call) -> Hashable:
     modes = model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     # Dynamo does not look at hooks again once it has captured a module.
     hooks = sum(len(getattr(module, name)) for module in model.modules() for name in _HOOKS)
+    hooks += sum(len(getattr(torch.nn.modules.module, f"_global{name}")) for name in _HOOKS)
     return shapes, autocast, modes, hooks
 
 
@@ -96,5 +99,7 @@ def _may_lack(signature: inspect.Signature, name: str) -> bool:
 
 
 def _would_cache(model: nn.Module) -> bool:
-    checkpointing = model.training and getattr(model, "is_gradient_checkpointing", False)
+    new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed in transformers; the old one warns
+    name = new if hasattr(model, new) else old
+    checkpointing = model.training and getattr(model, name, False)
     return bool(getattr(getattr(model, "config", None), "use_cache", False)) and not checkpointing

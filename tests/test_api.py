@@ -47,8 +47,9 @@ def test_the_report_reads_well_and_goes_into_json():
     assert json.loads(json.dumps(report.to_dict()))["hits"] == report.hits
 
 
-def test_verify_compares_loss_and_every_gradient():
-    model = fxopt.optimize(tiny_llama(), "bf16")
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+def test_verify_compares_loss_and_every_gradient(policy):
+    model = fxopt.optimize(tiny_llama(), policy)
     outcome = fxopt.verify(model, tiny_batch())
     assert outcome.holds, outcome.failures
     assert {c.name for c in outcome.comparisons} == {"loss", *dict(model.named_parameters())}

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, LlamaModel
 
 import fxopt
@@ -276,3 +277,27 @@ def test_models_that_once_broke_train_alike(name):
         layer.dropout = 0.0
     assert_trains_alike(fxopt.optimize(model, "fp32"), tiny_batch())
     assert not fxopt.report(model).fallbacks
+
+
+def test_process_wide_hooks_registered_later_run():
+    model = fxopt.optimize(tiny_llama(), "fp32")
+    plain = fxopt.restore(copy.deepcopy(model))
+    batch = tiny_batch()
+    model(**batch)
+    calls = []
+    handle = register_module_forward_hook(lambda module, args, out: calls.append(type(module).__name__))
+    try:
+        torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
+    finally:
+        handle.remove()
+    assert calls.count("LlamaMLP") == 4
+
+
+def test_inside_a_functional_transform_the_original_runs():
+    model = fxopt.optimize(tiny_llama(), "fp32")
+    batch = tiny_batch()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    torch.func.grad(lambda p: torch.func.functional_call(model, p, (), batch).loss)(parameters)
+    assert fxopt.report(model).uncovered["the call is inside a torch.func transform"] == 1
+    model(**batch)
+    assert fxopt.report(model).hits["linear_cross_entropy"] == 1

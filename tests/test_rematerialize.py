@@ -68,6 +68,24 @@ def test_a_part_of_a_result_is_saved_as_ever() -> None:
     torch.testing.assert_close(gradient[0], expected, rtol=0.02, atol=0.05)
 
 
+def test_a_graph_that_is_never_walked_is_freed() -> None:
+    x, residual, weight = leaf(2, 5, 16), leaf(2, 5, 16), leaf(16)
+    with rematerializing():
+        summed, normed = add_rms_norm(x, residual, weight, 1e-5)  # saves its own first result
+        result = (summed * normed).exp()  # so does exp
+    kept = weakref.ref(summed.untyped_storage())
+    del summed, normed, result
+    assert kept() is None
+
+
+def test_the_callers_hooks_stay_in_force() -> None:
+    x, weight = leaf(2, 5, 16), leaf(16)
+    seen: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t), rematerializing():
+        rms_norm(x, weight, 1e-5)
+    assert seen == [x.shape, weight.shape]
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_projections(frozen: bool) -> None:
     x, weight, projection = leaf(2, 5, 16), leaf(16), leaf(24, 16).detach().requires_grad_(not frozen)

@@ -72,8 +72,9 @@ class Prover:
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Real tensors and gradients, whatever mode the compiler is in."""
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
+    """Real tensors and gradients, whatever mode the compiler is in and whatever hooks the caller has set."""
+    no_hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), no_hooks:
         yield
 
 

@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OPTIONS := $(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)") $(if $(STEPS),--steps $(STEPS))
 
-.PHONY: help demo test lint fix bench-step bench-curve wheel clean
+.PHONY: help demo test lint fix bench-step bench-curve coverage wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,9 @@ bench-step: $(VENV)/.demo ## time and memory of one training step: eager, fxopt,
 
 bench-curve: $(VENV)/.demo ## held-out loss over 80 steps for each precision, drawn
 	@$(BIN)/python benchmarks/training_curve.py
+
+coverage: $(VENV)/.demo ## every causal LM of transformers, tiny: what is rewritten, and whether it trains exactly
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
 
 wheel: $(VENV)/.dev ## build the sdist, and from it the wheel, into dist/
 	@$(BIN)/python -m build --outdir dist

@@ -40,8 +40,11 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "rms_norm backward": (rms_norm._rms_norm_bwd_kernel, NORM, {"dweight_ptr": "*fp32"}),
     "add_rms_norm forward": (add_rms_norm._add_rms_norm_fwd_kernel, NORM, {}),
     "add_rms_norm backward": (add_rms_norm._add_rms_norm_bwd_kernel, NORM, {"dweight_ptr": "*fp32"}),
-    "swiglu forward": (glu._swiglu_fwd_kernel, GLU, {}),
-    "swiglu backward": (glu._swiglu_bwd_kernel, GLU, {}),
+    "swiglu forward": (glu._glu_fwd_kernel, GLU | {"ACTIVATION": "silu"}, {}),
+    "swiglu backward": (glu._glu_bwd_kernel, GLU | {"ACTIVATION": "silu"}, {}),
+    "geglu forward": (glu._glu_fwd_kernel, GLU | {"ACTIVATION": "gelu"}, {}),
+    "geglu backward": (glu._glu_bwd_kernel, GLU | {"ACTIVATION": "gelu"}, {}),
+    "geglu (tanh) backward": (glu._glu_bwd_kernel, GLU | {"ACTIVATION": "gelu_tanh"}, {}),
     "rope forward": (rope._rope_kernel, ROPE | {"BACKWARD": False}, {}),
     "rope backward": (rope._rope_kernel, ROPE | {"BACKWARD": True}, {}),
     "linear_cross_entropy loss": (

@@ -1,12 +1,13 @@
-"""SwiGLU:  y = silu(gate) * up,  silu(g) = g * sigmoid(g).
+"""Gated linear units:  y = f(gate) * up,  with f silu (SwiGLU), gelu (GeGLU) or relu (ReGLU).
 
-Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202; transformers `LlamaMLP.forward`.
+Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202; transformers `LlamaMLP` and `GemmaMLP`.
 Shapes: gate (..., D), up (..., D) -> (..., D), in gate's dtype.
-Triton calculates in float32 (float64 for float64) and rounds once; the CPU rounds silu(gate) too, as eager code does.
-Gradient, with s = sigmoid(gate):
-    dgate = dy * up * s * (1 + gate * (1 - s)),    dup = dy * silu(gate)
+Triton calculates in float32 (float64 for float64) and rounds once; the CPU rounds f(gate) too, as eager code does.
+    silu(g) = g * sigmoid(g),    gelu(g) = g * Φ(g), or by tanh: g * sigmoid(2 * sqrt(2/π) * (g + 0.044715 g³))
+Gradient:
+    dgate = dy * up * f'(gate),    dup = dy * f(gate)
 Bytes that must move: forward reads gate and up and writes y; backward reads dy, gate and up and writes dgate and dup.
-Saved: gate and up only; the product silu(gate) is computed again.
+Saved: gate and up only; f(gate) is computed again.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from fxopt.kernels.backend import TRITON_DEVICES, as_rows, on_device, tl, triton, triton_dtype
 
 BLOCK = 1024
+_aten = torch.ops.aten
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -22,9 +24,39 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def geglu_reference(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """The specification, in plain PyTorch."""
+    return torch.nn.functional.gelu(gate, approximate=approximate) * up
+
+
+def reglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The specification, in plain PyTorch."""
+    return torch.nn.functional.relu(gate) * up
+
+
 @triton.jit
-def _swiglu_fwd_kernel(
-    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, D: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr
+def _value_and_slope(g, ACTIVATION: tl.constexpr):
+    """f(g) and f'(g)."""
+    if ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-g))
+        value, slope = g * sigmoid, sigmoid * (1.0 + g * (1.0 - sigmoid))
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+        value, slope = g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    elif ACTIVATION == "gelu_tanh":
+        z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        dz = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        value, slope = g * sigmoid, sigmoid + g * sigmoid * (1.0 - sigmoid) * dz
+    else:
+        value, slope = tl.maximum(g, 0.0), tl.where(g > 0.0, 1.0, 0.0)
+    return value, slope
+
+
+@triton.jit
+def _glu_fwd_kernel(
+    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride,
+    ACTIVATION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -32,14 +64,14 @@ def _swiglu_fwd_kernel(
 
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(DTYPE)
     up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(DTYPE)
-    y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(y_ptr + row * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    value, _ = _value_and_slope(gate, ACTIVATION)
+    tl.store(y_ptr + row * D + cols, (value * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _swiglu_bwd_kernel(
+def _glu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dy_stride, gate_stride, up_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -48,11 +80,9 @@ def _swiglu_bwd_kernel(
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(DTYPE)
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(DTYPE)
     up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(DTYPE)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    dup = dy * gate * sigmoid
-    tl.store(dgate_ptr + row * D + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + row * D + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    value, slope = _value_and_slope(gate, ACTIVATION)
+    tl.store(dgate_ptr + row * D + cols, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + row * D + cols, (dy * value).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -68,78 +98,115 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: the last dimension is empty, or up differs from gate in shape or dtype.
     """
+    return _checked_glu("swiglu", gate, up, "silu")
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) * up, differentiable once in gate and up; otherwise as `swiglu`.
+
+    approximate: "none" or "tanh", as for `torch.nn.functional.gelu`; ValueError for another.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"geglu: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    return _checked_glu("geglu", gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate) * up, differentiable once in gate and up; otherwise as `swiglu`."""
+    return _checked_glu("reglu", gate, up, "relu")
+
+
+def _checked_glu(name: str, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.dim() == 0 or gate.shape[-1] == 0:
-        raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)}; the last dimension must not be empty")
+        raise ValueError(f"{name}: gate has shape {tuple(gate.shape)}; the last dimension must not be empty")
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise ValueError(
-            f"swiglu: up is {up.dtype} {tuple(up.shape)}; it must be as gate, {gate.dtype} {tuple(gate.shape)}"
+            f"{name}: up is {up.dtype} {tuple(up.shape)}; it must be as gate, {gate.dtype} {tuple(gate.shape)}"
         )
-    return torch.ops.fxopt.swiglu(gate, up)
+    return torch.ops.fxopt.glu(gate, up, activation)
 
 
-@torch.library.custom_op("fxopt::swiglu", mutates_args=())
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.ops.aten.silu.out(gate, out=gate.new_empty(gate.shape))
-    return y.mul_(up)
+@torch.library.custom_op("fxopt::glu", mutates_args=())
+def _glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return _activate(gate, activation).mul_(up)
 
 
-@_swiglu.register_kernel(TRITON_DEVICES)
-def _swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
+@_glu.register_kernel(TRITON_DEVICES)
+def _glu_triton(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate_rows, up_rows, y = as_rows(gate), as_rows(up), gate.new_empty(gate.shape)
     num_rows, D = gate_rows.shape
     if num_rows:
         with on_device(gate):
-            _swiglu_fwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
+            _glu_fwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
                 gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0),
-                D=D, BLOCK=BLOCK, DTYPE=triton_dtype(gate),
+                ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(gate),
             )  # fmt: skip
     return y
 
 
-@_swiglu.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
+@_glu.register_fake
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("fxopt::swiglu_backward", mutates_args=())
-def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("fxopt::glu_backward", mutates_args=())
+def _glu_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     dgate = torch.mul(dy, up, out=gate.new_empty(gate.shape))
-    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-    dup = torch.ops.aten.silu.out(gate, out=up.new_empty(up.shape))
-    return dgate, dup.mul_(dy)
+    if activation == "silu":
+        _aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    elif activation == "relu":
+        _aten.threshold_backward.grad_input(dgate, gate, 0, grad_input=dgate)
+    else:
+        _aten.gelu_backward.grad_input(dgate, gate, approximate=_approximate(activation), grad_input=dgate)
+    return dgate, _activate(gate, activation).mul_(dy)
 
 
-@_swiglu_backward.register_kernel(TRITON_DEVICES)
-def _swiglu_backward_triton(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+@_glu_backward.register_kernel(TRITON_DEVICES)
+def _glu_backward_triton(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     dy_rows, gate_rows, up_rows = as_rows(dy), as_rows(gate), as_rows(up)
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     num_rows, D = gate_rows.shape
     if num_rows:
         with on_device(gate):
-            _swiglu_bwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
+            _glu_bwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
                 dy_rows, gate_rows, up_rows, dgate, dup, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
-                D=D, BLOCK=BLOCK, DTYPE=triton_dtype(gate),
+                ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(gate),
             )  # fmt: skip
     return dgate, dup
 
 
-@_swiglu_backward.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+@_glu_backward.register_fake
+def _(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
     ctx.recompute, ctx.recomputed_output = _recompute, 0
 
 
 def _recompute(ctx) -> Tensor:
     """The product again, for those who did not keep it (`fxopt/rematerialize.py`)."""
-    return torch.ops.fxopt.swiglu(*ctx.saved_tensors)
+    return torch.ops.fxopt.glu(*ctx.saved_tensors, ctx.activation)
 
 
 def _backward(ctx, dy: Tensor):
-    return torch.ops.fxopt.swiglu_backward(dy, *ctx.saved_tensors)
+    return *torch.ops.fxopt.glu_backward(dy, *ctx.saved_tensors, ctx.activation), None
 
 
-_swiglu.register_autograd(_backward, setup_context=_setup_context)
+_glu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _activate(gate: Tensor, activation: str) -> Tensor:
+    """f(gate), contiguous, rounded to gate's dtype."""
+    out = gate.new_empty(gate.shape)
+    if activation == "silu":
+        return _aten.silu.out(gate, out=out)
+    if activation == "relu":
+        return torch.clamp(gate, min=0, out=out)
+    return _aten.gelu.out(gate, approximate=_approximate(activation), out=out)
+
+
+def _approximate(activation: str) -> str:
+    return "tanh" if activation == "gelu_tanh" else "none"

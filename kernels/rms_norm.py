@@ -25,11 +25,11 @@ from fxopt.kernels.backend import (
 )
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The specification, in plain PyTorch, with the two roundings of the modelling code."""
     h = x.to(compute_dtype(x))
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight * h.to(x.dtype)).to(x.dtype)
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return h if weight is None else (weight * h).to(x.dtype)
 
 
 @triton.jit
@@ -73,12 +73,12 @@ def _rms_norm_bwd_kernel(
     tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight, differentiable once in x and weight.
 
     Args:
         x: (..., D), any floating dtype and any strides.
-        weight: (D,), any floating dtype; its gradient has this dtype.
+        weight: (D,), any floating dtype; its gradient has this dtype. None: all ones.
         eps: added to the mean square.
 
     Returns:
@@ -89,6 +89,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
+    if weight is None:
+        weight = x.new_ones(x.shape[-1:])
     if weight.shape != x.shape[-1:]:
         raise ValueError(
             f"rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) as x's last dimension"

@@ -25,7 +25,8 @@ class FuseAddRMSNorm(Rule):
         return summed, rms_norm(summed, weight, eps)
 
     @staticmethod
-    def check(x: fx.Node, residual: fx.Node) -> None:
+    def check(x: fx.Node, residual: fx.Node, weight: fx.Node | None) -> None:
+        require(weight is not None, "the norm has no weight")
         require(dtype_of(x) == dtype_of(residual), "the addends have different dtypes")
         require(shape_of(x) == shape_of(residual), "the addition broadcasts")
 

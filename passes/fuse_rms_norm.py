@@ -1,10 +1,11 @@
-"""RMSNorm, in the cast orders that models use  →  `fxopt::rms_norm`."""
+"""RMSNorm, in the cast orders that models use  →  `fxopt::rms_norm`, which is float32 inside and rounds once."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.rms_norm import rms_norm
@@ -36,18 +37,95 @@ class FuseRMSNorm(Rule):
         return rms_norm(x, weight, eps)
 
 
-class FuseFloat32RMSNorm(FuseRMSNorm):
-    """The same on float32 input, where `remove_casts` has taken both casts away."""
+class FusePromotedRMSNorm(FuseRMSNorm):
+    """weight * (x * rsqrt(mean(float32(x)²) + eps)).to(dtype), where the float32 variance promotes x
+
+    Source: transformers T5LayerNorm.forward and CpmAntLayerNorm.forward.
+    """
 
     @staticmethod
-    def pattern(x: Any, weight: Any, eps: Any) -> Any:
-        variance = x.pow(2).mean(-1, keepdim=True)
-        return weight * (x * torch.rsqrt(variance + eps))
+    def pattern(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        return weight * (x * torch.rsqrt(variance + eps)).to(dtype)
+
+
+class FuseFloat32WeightRMSNorm(FuseRMSNorm):
+    """(weight * (x * rsqrt(mean(x²) + eps))).to(dtype): the weight, or Gemma's 1 + weight, multiplies in float32
+
+    Source: transformers Olmo2RMSNorm.forward, Gemma2RMSNorm.forward, Gemma4RMSNorm.forward.
+    """
 
     @staticmethod
-    def check(x: fx.Node, weight: fx.Node) -> None:
-        require(dtype_of(x) == torch.float32, f"the input is {dtype_of(x)}, and the variance is not in float32")
-        FuseRMSNorm.check(x, weight, torch.float32)
+    def pattern(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
+        h = x.to(torch.float32)
+        variance = h.pow(2).mean(-1, keepdim=True)
+        return (weight * (h * torch.rsqrt(variance + eps))).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, weight: fx.Node, dtype: torch.dtype) -> None:
+        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+        require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
 
 
-FUSE_RMS_NORM = rules_pass("fuse_rms_norm", FuseRMSNorm, FuseFloat32RMSNorm)
+class FuseUnweightedRMSNorm(FuseRMSNorm):
+    """(x * rsqrt(mean(x²) + eps)).to(dtype)
+
+    Source: transformers Llama4TextL2Norm.forward; the normalization inside grouped and gated norms.
+    """
+
+    @staticmethod
+    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
+        h = x.to(torch.float32)
+        variance = h.pow(2).mean(-1, keepdim=True)
+        return (h * torch.rsqrt(variance + eps)).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, dtype: torch.dtype) -> None:
+        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+
+    @staticmethod
+    def rewrite(x: Any, eps: Any) -> Any:
+        return rms_norm(x, None, eps)
+
+
+class FuseRoundedRMSNorm(FuseUnweightedRMSNorm):
+    """x * rsqrt(mean(x²) + eps).to(dtype)
+
+    Source: transformers DeepseekV4UnweightedRMSNorm.forward.
+    """
+
+    @staticmethod
+    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        return x * torch.rsqrt(variance + eps).to(dtype)
+
+
+class FuseTorchRMSNorm(FuseRMSNorm):
+    """torch.nn.functional.rms_norm(x, (D,), weight, eps)
+
+    Source: torch.nn.RMSNorm.forward.
+    """
+
+    @staticmethod
+    def pattern(x: Any, shape: Any, weight: Any, eps: Any) -> Any:
+        return F.rms_norm(x, shape, weight, eps)
+
+    @staticmethod
+    def check(x: fx.Node, shape: tuple[int, ...], weight: fx.Node | None) -> None:
+        require(len(shape) == 1, f"the norm is over the last {len(shape)} axes")
+        require(weight is None or dtype_of(weight) == dtype_of(x), f"the weight is {dtype_of(weight)}")
+
+    @staticmethod
+    def rewrite(x: Any, weight: Any, eps: Any) -> Any:
+        return rms_norm(x, weight, eps)
+
+
+FUSE_RMS_NORM = rules_pass(
+    "fuse_rms_norm",
+    FuseFloat32WeightRMSNorm,  # before the next, which would find its float32 part alone
+    FuseRMSNorm,
+    FusePromotedRMSNorm,
+    FuseUnweightedRMSNorm,  # after those that it is a part of
+    FuseRoundedRMSNorm,
+    FuseTorchRMSNorm,
+)

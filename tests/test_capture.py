@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, LlamaModel
 
 import fxopt
+from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
 from tests.tiny_models import LLAMA_HITS, tiny_batch, tiny_llama, tiny_model
 from tests.training import assert_trains_alike, gradients
 
@@ -301,3 +302,11 @@ def test_inside_a_functional_transform_the_original_runs():
     assert fxopt.report(model).uncovered["the call is inside a torch.func transform"] == 1
     model(**batch)
     assert fxopt.report(model).hits["linear_cross_entropy"] == 1
+
+
+def test_a_model_with_a_custom_gradient_falls_back_and_says_why():
+    """Its router's gradient is defined by a `torch.autograd.Function`."""
+    model = fxopt.optimize(tiny_causal_lm("phimoe"), "fp32")
+    assert_trains_alike(model, batch_for(model), use_cache=False)
+    (reason,) = fxopt.report(model).fallbacks
+    assert "custom autograd function, modeling_phimoe.py" in reason

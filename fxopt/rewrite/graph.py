@@ -106,6 +106,25 @@ def remove_dead_code(graph: fx.Graph) -> None:
     )
 
 
+def nodes_to_move_up(value: fx.Node, before: fx.Node) -> list[fx.Node] | None:
+    """What must be computed earlier for `value` to be known at `before`, in order; None where that cannot be.
+
+    Only what follows from parameters and other inputs of the graph is moved, such as the `1 + weight` of a norm.
+    """
+    late: list[fx.Node] = []
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        if node < before or node in late:
+            continue
+        stays = node is before or is_mutating(node) or is_random(node) or is_mode_switch(node)
+        if stays or any(source.op.startswith("call") and source < before for source in node.all_input_nodes):
+            return None
+        late.append(node)
+        pending += node.all_input_nodes
+    return sorted(late)
+
+
 def source_line(node: fx.Node) -> str:
     """`file.py:line: code` of the innermost line of model source that a node comes from, or ''."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]

@@ -5,6 +5,7 @@ spelling (`spelling.py`) and compared with the graph, backwards from the pattern
 
 * a parameter of the pattern binds to whatever stands in its place, a node or a literal, the same one each time;
 * everything else must be equal; operands of `+` and `*` may be swapped;
+* a cast in the pattern also matches where there is nothing to cast, so that one pattern serves all dtypes;
 * inner nodes of a match must have no users outside it, since the match replaces them.
 
 A mismatch has a reason. Where a rule nearly matched, the deepest reason that was met goes into the report.
@@ -22,7 +23,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxopt.rewrite.graph import is_mode_switch, source_line, storage_of, storages_written
+from fxopt.rewrite.graph import (
+    cast,
+    dtype_of,
+    is_mode_switch,
+    nodes_to_move_up,
+    source_line,
+    storage_of,
+    storages_written,
+)
 from fxopt.rewrite.spelling import arguments_of, spell_out
 from fxopt.rewrite.trace import as_tuple, ops_called_by, trace
 
@@ -137,12 +146,16 @@ class _State:
 
     nodes: dict[fx.Node, fx.Node] = field(default_factory=dict)
     names: dict[str, Any] = field(default_factory=dict)
+    needless: frozenset[fx.Node] = frozenset()  # casts of the pattern that the graph does without
 
     def with_node(self, pattern: fx.Node, node: fx.Node) -> _State:
-        return _State({**self.nodes, pattern: node}, self.names)
+        return replace(self, nodes={**self.nodes, pattern: node})
 
     def with_name(self, name: str, value: Any) -> _State:
-        return _State(self.nodes, {**self.names, name: value})
+        return replace(self, names={**self.names, name: value})
+
+    def without_cast(self, pattern: fx.Node, node: fx.Node) -> _State:
+        return replace(self, nodes={**self.nodes, pattern: node}, needless=self.needless | {pattern})
 
 
 class _Comparison:
@@ -199,6 +212,8 @@ class _Comparison:
             else:
                 self.fail(state, f"{value} stands where {state.nodes[pattern]} is used again")
             return
+        if pattern.target is cast:
+            yield from self._compare_without_cast(pattern, value, state)
         if not isinstance(value, fx.Node) or (pattern.op, pattern.target) != (value.op, value.target):
             self.fail(state, f"{describe(value)} stands where the pattern has `{target_name(pattern)}`")
             return
@@ -211,6 +226,13 @@ class _Comparison:
         yield from self._compare_all(patterns, values, state)
         if pattern.target in COMMUTATIVE and len(values) == 2:
             yield from self._compare_all(patterns, values[::-1], state)
+
+    def _compare_without_cast(self, pattern: fx.Node, value: Any, state: _State) -> Iterator[_State]:
+        """Matches what a cast of the pattern is of, where that has the dtype already."""
+        source, dtype = pattern.args
+        for following in self.compare(dtype, dtype_of(value), state):
+            for matched in self.compare(source, value, following):
+                yield matched.without_cast(pattern, value)
 
 
 def target_name(node: fx.Node) -> str:
@@ -230,8 +252,10 @@ def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[N
     taken: set[fx.Node] = set()
     written = storages_written(graph)
     anchor_pattern = pattern.results[-1]
-    for node in graph.nodes:
-        if (node.op, node.target) != (anchor_pattern.op, anchor_pattern.target):
+    # First where the pattern's last cast is there: a match that includes it is the larger one.
+    forms = [(form.op, form.target) for form in _with_and_without_casts(anchor_pattern)]
+    for node in (node for form in forms for node in graph.nodes if (node.op, node.target) == form):
+        if node in taken:
             continue
         comparison = _Comparison()
         for state in comparison.compare(anchor_pattern, node, _State()):
@@ -250,8 +274,15 @@ def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[N
     return matches, near_misses
 
 
+def _with_and_without_casts(pattern: Any) -> Iterator[fx.Node]:
+    while isinstance(pattern, fx.Node):
+        yield pattern
+        pattern = pattern.args[0] if pattern.target is cast else None
+
+
 def _match_of(rule: type[Rule], pattern: _Pattern, state: _State, order: dict[fx.Node, int]) -> Match:
-    nodes = tuple(sorted(set(state.nodes.values()), key=order.__getitem__))
+    found = {node for part, node in state.nodes.items() if part not in state.needless}
+    nodes = tuple(sorted(found, key=order.__getitem__))
     results = tuple(state.nodes[result] for result in pattern.results)
     return Match(rule, {name: state.names.get(name) for name in pattern.names}, nodes, results)
 
@@ -267,7 +298,7 @@ def _objection(match: Match, taken: set[fx.Node], written: frozenset[int]) -> st
             return f"`{node.name}`, inside the pattern, is also used by `{outside[0]}`"
     first_result = min(match.results)
     for name, value in match.bindings.items():
-        if isinstance(value, fx.Node) and not value < first_result:
+        if isinstance(value, fx.Node) and nodes_to_move_up(value, first_result) is None:
             return f"`{name}` is computed after `{first_result.name}`, which is needed before"
     for node in (*match.nodes, *(value for value in match.bindings.values() if isinstance(value, fx.Node))):
         if storage_of(node) in written:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxopt.rewrite.graph import fill_in_values
+from fxopt.rewrite.graph import fill_in_values, nodes_to_move_up
 from fxopt.rewrite.match import Match
 from fxopt.rewrite.trace import as_tuple, ops_called_by, trace
 
@@ -37,6 +37,9 @@ def put_in_place(rewrite: Rewrite) -> dict[fx.Node, fx.Node]:
     """
     results, graph = rewrite.match.results, rewrite.match.anchor.graph
     first = min(results)  # fx orders nodes by their place in the graph
+    for value in rewrite.inputs.values():
+        for node in nodes_to_move_up(value, first) or ():
+            first.prepend(node)
     with graph.inserting_before(first):
         mapped = {
             placeholder: rewrite.inputs[str(placeholder.target)]

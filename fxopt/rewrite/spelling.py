@@ -61,6 +61,7 @@ def spell_out(graph: fx.Graph) -> None:
             _spell_function(node)
             _spell_sizes(node)
             _spell_square(node)
+            _spell_reciprocal_root(node)
 
 
 def _spell_cast(node: fx.Node) -> None:
@@ -116,6 +117,12 @@ def _is_torch_function(name: str) -> bool:
 
 def _name(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _spell_reciprocal_root(node: fx.Node) -> None:
+    """`x ** -0.5` becomes `torch.rsqrt(x)`, which PyTorch runs for it."""
+    if node.target is operator.pow and node.args[1:] == (-0.5,):
+        node.target, node.args = torch.rsqrt, node.args[:1]
 
 
 def _spell_square(node: fx.Node) -> None:

@@ -40,6 +40,11 @@ def test_float32_weight_in_a_bfloat16_model(device: str) -> None:
     assert_op_as_accurate(rms_norm, rms_norm_reference, x, weight, EPS)
 
 
+def test_without_weight(device: str) -> None:
+    x, _ = inputs(40, 64, dtype=torch.bfloat16, device=device)
+    assert_op_as_accurate(rms_norm, rms_norm_reference, x, None, EPS)
+
+
 def test_gradients_in_float64(device: str) -> None:
     x, weight = inputs(3, 2, 9, dtype=torch.float64, device=device)
     torch.testing.assert_close(rms_norm(x, weight, EPS), rms_norm_reference(x, weight, EPS), rtol=1e-14, atol=1e-14)

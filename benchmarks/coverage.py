@@ -1,0 +1,216 @@
+"""Every causal LM that transformers knows, tiny: what fxopt finds in it, and whether it still trains exactly.
+
+Each model type of the registry is built from its configuration class and trained on three batches: as it is, optimized,
+and in float64. A row says how many graphs were captured, how many of its norms, gated activations, rotary embeddings
+and losses were rewritten, and how the errors of the loss and of all gradients compare. A process per model: what
+crashes costs its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file
+    sys.path[0] = str(ROOT)
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+# The ops that take the place of each kind of site.
+OPS_OF = {
+    "norm": ("rms_norm", "layer_norm"),
+    "gated activation": ("swiglu", "geglu", "reglu"),
+    "rotary embedding": ("rope",),
+    "loss": ("linear_cross_entropy",),
+}
+POLICIES = ("fp32", "bf16")
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    console = Console(stderr=options.json)
+    from benchmarks.tiny_causal_lms import NAMES
+
+    unknown = sorted(set(options.types) - set(NAMES))
+    if unknown:
+        console.print(f"unknown model type {unknown[0]!r}: it is not in transformers' causal-LM registry")
+        return 2
+    names = options.types or list(NAMES)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.jobs) as pool:
+        task = progress.add_task("model types", total=len(names))
+        rows = []
+        for future in as_completed([pool.submit(cover_afresh, name, options.timeout) for name in names]):
+            rows.append(row := future.result())
+            progress.console.print(f"{row['type']}: {row['status']} in {row['seconds']:.0f} s", highlight=False)
+            progress.advance(task)
+    rows.sort(key=lambda row: names.index(row["type"]))
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        console.print(table(rows))
+        for line in reasons(rows):
+            console.print(line, markup=False, highlight=False)
+        console.print(summary(rows))
+    return int(any(row["status"] == "crashed" for row in rows))
+
+
+def cover_afresh(model_type: str, timeout: float) -> Row:
+    """`cover` in a process of its own."""
+    # A server that has imported everything once forks the processes.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "fxopt.api", "benchmarks.tiny_causal_lms"])
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(model_type, send, timeout))
+    began = time.perf_counter()
+    process.start()
+    send.close()
+    try:
+        row: Row = receive.recv()
+    except EOFError:
+        process.join()
+        late = process.exitcode == -signal.SIGALRM
+        reason = f"took more than {timeout:.0f} s" if late else f"the process died (exit code {process.exitcode})"
+        row = {"type": model_type, "status": "crashed", "reason": reason}
+    process.join()
+    return row | {"seconds": time.perf_counter() - began}
+
+
+def _worker(model_type: str, send: Any, timeout: float) -> None:
+    signal.alarm(int(timeout))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        row = cover(model_type)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {str(error)[:300]} ({Path(frame.filename).name}:{frame.lineno})"
+        row = {"type": model_type, "status": "crashed", "reason": reason}
+    send.send(row)
+
+
+def cover(model_type: str) -> Row:
+    """Trains one tiny model plain, optimized and in float64; raises what fxopt or the comparison raises."""
+    from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
+
+    try:
+        model = tiny_causal_lm(model_type)
+        batches = [batch_for(model, seed=seed) for seed in range(3)]
+        model(**batches[0], use_cache=False).loss.backward()
+    except Exception as error:
+        return {"type": model_type, "status": "outside", "reason": f"{type(error).__name__}: {str(error)[:200]}"}
+    row: Row = {"type": model_type, "parameters": sum(p.numel() for p in model.parameters())}
+    return row | {policy: cover_policy(model, policy, batches) for policy in POLICIES} | {"status": "trained"}
+
+
+def cover_policy(model: Any, policy: str, batches: list[Any]) -> Row:
+    import torch
+
+    import fxopt
+    from benchmarks.census import count_sites
+    from benchmarks.training_errors import training_errors
+
+    optimized = fxopt.optimize(copy.deepcopy(model), policy)
+    original = fxopt.restore(copy.deepcopy(optimized))
+    sites = count_sites(original, lambda: original(**batches[0], use_cache=False))
+    errors = training_errors(optimized, original, batches, use_cache=False)
+    report = fxopt.report(optimized)
+    rounding = torch.finfo(optimized.dtype).eps / 2
+    worst = max(errors, key=lambda e: e.error / (1.1 * e.original_error + 2 * rounding * e.size + 1e-30))
+    return {
+        "sites": dict(sites),
+        "hits": {kind: sum(report.hits.get(op, 0) for op in ops) for kind, ops in OPS_OF.items()},
+        "ops": report.hits,
+        "graphs": len(report.graphs),
+        "fallbacks": dict(report.fallbacks),
+        "uncovered": dict(report.uncovered),
+        "near_misses": [f"{miss.rule} at {miss.source}: {miss.reason}" for miss in report.near_misses],
+        "refused": [f"{item.rule} at {item.source}: {item.reason}" for item in report.refused],
+        "relative_error": _mean([e.error / e.size for e in errors if e.size]),
+        "original_relative_error": _mean([e.original_error / e.size for e in errors if e.size]),
+        "worst": {
+            "name": worst.name,
+            "error": worst.error,
+            "original_error": worst.original_error,
+            "size": worst.size,
+        },
+        "violations": sum(e.exceeds_rule(2 * rounding) for e in errors),
+        "compared": len(errors),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def table(rows: list[Row]) -> Table:
+    shown = Table(title="rewritten / there, and mean relative error of loss and gradients: optimized ← original")
+    shown.add_column("model type", no_wrap=True)
+    for name in ("graphs", *OPS_OF, "fp32", "bf16"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        if "bf16" not in row:
+            shown.add_row(row["type"], *[""] * (len(OPS_OF) + 1), row["status"])
+            continue
+        found = row["bf16"]
+        counts = [f"{found['hits'][kind]}/{found['sites'].get(kind, 0)}" for kind in OPS_OF]
+        errors = [
+            f"{row[p]['relative_error']:.1e} ← {row[p]['original_relative_error']:.1e}" for p in POLICIES if p in row
+        ]
+        shown.add_row(row["type"], str(found["graphs"]), *counts, *errors)
+    return shown
+
+
+def reasons(rows: list[Row]) -> list[str]:
+    """What was not optimized and why, one line per reason and type."""
+    lines = []
+    for row in rows:
+        if "reason" in row:
+            lines.append(f"{row['type']}: {row['status']}: {row['reason']}")
+        for policy in POLICIES:
+            for key in ("fallbacks", "uncovered", "near_misses", "refused"):
+                for reason, count in Counter(row.get(policy, {}).get(key, ())).items():
+                    lines.append(f"{row['type']} {policy} {key}: {count}× {reason}")
+    return lines
+
+
+def summary(rows: list[Row]) -> str:
+    trained = [row for row in rows if "bf16" in row]
+    shares = []
+    for kind in OPS_OF:
+        there = sum(row[p]["sites"].get(kind, 0) for row in trained for p in POLICIES)
+        found = sum(min(row[p]["hits"][kind], row[p]["sites"].get(kind, 0)) for row in trained for p in POLICIES)
+        shares.append(f"{kind} {found}/{there} ({found / max(there, 1):.0%})")
+    return f"{len(trained)} of {len(rows)} types trained; rewritten: {', '.join(shares)}"
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="coverage", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("types", nargs="*", help="model types; default: all of the registry")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--timeout", type=float, default=100.0, help="seconds for one model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

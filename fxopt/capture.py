@@ -25,7 +25,6 @@ from fxopt.deferred_logits import defer_marked_outputs, reveal_on_touch
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from fxopt.rematerialize import rematerializing
-from fxopt.rewrite.graph import graph_modules, source_line
 from fxopt.rewrite.pipeline import PassRecord, Pipeline
 from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.report import GraphRecord, Report
@@ -111,7 +110,6 @@ class OptimizedForward:
     def _backend(self, kind: int, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """What Dynamo calls for each graph of the `kind`-th kind of call."""
         start = time.perf_counter()
-        _refuse_custom_gradients(module)
         before = snapshot(module)
         passes = (self.settings.pipeline or EXACT).run(module, self._prover)
         wrap = defer_marked_outputs(module, on_touch=self._count_logits)
@@ -135,16 +133,6 @@ class OptimizedForward:
 
     def __reduce__(self) -> Any:
         return OptimizedForward, (self.model, self.settings, self.replaced)
-
-
-def _refuse_custom_gradients(module: fx.GraphModule) -> None:
-    """The passes do not know what the two bodies of a `torch.autograd.Function` are to each other.
-
-    Rewritten like other graphs, those of phimoe's router gave it a gradient where it has none.
-    """
-    for inner in graph_modules(module):
-        for node in inner.graph.find_nodes(op="call_function", target=torch.ops.higher_order.autograd_function_apply):
-            raise NotImplementedError(f"a custom autograd function, {source_line(node)}")
 
 
 def _captured_call(forward: Callable[..., Any], call: dict[str, Any]) -> Any:

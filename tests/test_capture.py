@@ -304,9 +304,8 @@ def test_inside_a_functional_transform_the_original_runs():
     assert fxopt.report(model).hits["linear_cross_entropy"] == 1
 
 
-def test_a_model_with_a_custom_gradient_falls_back_and_says_why():
-    """Its router's gradient is defined by a `torch.autograd.Function`."""
+def test_a_model_with_a_custom_gradient_trains_alike():
+    """Its router's gradient is defined by a `torch.autograd.Function`, whose backward writes in place."""
     model = fxopt.optimize(tiny_causal_lm("phimoe"), "fp32")
     assert_trains_alike(model, batch_for(model), use_cache=False)
-    (reason,) = fxopt.report(model).fallbacks
-    assert "custom autograd function, modeling_phimoe.py" in reason
+    assert fxopt.report(model).hits["linear_cross_entropy"] == 1 and not fxopt.report(model).fallbacks

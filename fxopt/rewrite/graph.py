@@ -100,10 +100,13 @@ def is_random(node: fx.Node) -> bool:
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
-    """Drop nodes that nobody uses. Writes, random numbers and mode switches stay, used or not."""
-    graph.eliminate_dead_code(
-        lambda node: node.is_impure() or is_mutating(node) or is_random(node) or is_mode_switch(node)
-    )
+    """Drop nodes that nobody uses. Writes, random numbers and mode switches stay, used or not.
+
+    In this graph only: `fx.Graph.eliminate_dead_code` goes on into the graphs inside it, and there drops writes.
+    """
+    for node in reversed(graph.nodes):
+        if not (node.users or node.is_impure() or is_mutating(node) or is_random(node) or is_mode_switch(node)):
+            graph.erase_node(node)
 
 
 def nodes_to_move_up(value: fx.Node, before: fx.Node) -> list[fx.Node] | None:

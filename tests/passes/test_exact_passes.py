@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fxopt.passes.cleanup import CLEANUP
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from tests.captured_graphs import captured, run_optimized, targets
@@ -32,6 +33,28 @@ def test_equal_nodes_are_computed_once():
     graph, result = run_optimized(EXACT, lambda x: torch.sin(x) + torch.sin(x), X)
     assert targets(graph) == ["sin", "add"]
     assert torch.equal(result, 2 * X.sin())
+
+
+def test_a_write_in_an_inner_graph_stays():
+    """The result of the write is not used; the tensor that it writes to is."""
+
+    class Inner(torch.nn.Module):
+        def forward(self, x):
+            h = x * 2
+            h.add_(1)
+            return h
+
+    outer = torch.fx.Graph()
+    outer.output(outer.call_function(call_inner, (outer.get_attr("inner"), outer.placeholder("x"))))
+    module = torch.fx.GraphModule({"inner": torch.fx.symbolic_trace(Inner())}, outer)
+    CLEANUP.run(module.graph, None)
+    module.recompile()
+    assert targets(module.inner) == ["mul", "add_"]
+    assert torch.equal(module(X), X * 2 + 1)
+
+
+def call_inner(body, x):
+    return body(x)
 
 
 def test_random_nodes_are_not_merged():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.rms_norm import rms_norm
@@ -101,23 +100,20 @@ class FuseRoundedRMSNorm(FuseUnweightedRMSNorm):
 
 
 class FuseTorchRMSNorm(FuseRMSNorm):
-    """torch.nn.functional.rms_norm(x, (D,), weight, eps)
+    """torch.rms_norm(x, (D,), weight, eps)
 
-    Source: torch.nn.RMSNorm.forward.
+    Source: torch.nn.functional.rms_norm, which torch.nn.RMSNorm.forward calls.
     """
 
     @staticmethod
     def pattern(x: Any, shape: Any, weight: Any, eps: Any) -> Any:
-        return F.rms_norm(x, shape, weight, eps)
+        return torch.rms_norm(x, shape, weight, eps)
 
     @staticmethod
-    def check(x: fx.Node, shape: tuple[int, ...], weight: fx.Node | None) -> None:
+    def check(x: fx.Node, shape: tuple[int, ...], weight: fx.Node | None, eps: float | None) -> None:
         require(len(shape) == 1, f"the norm is over the last {len(shape)} axes")
         require(weight is None or dtype_of(weight) == dtype_of(x), f"the weight is {dtype_of(weight)}")
-
-    @staticmethod
-    def rewrite(x: Any, weight: Any, eps: Any) -> Any:
-        return rms_norm(x, weight, eps)
+        require(eps is not None, "no epsilon is given: torch takes that of the dtype it calculates in")
 
 
 FUSE_RMS_NORM = rules_pass(

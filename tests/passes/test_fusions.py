@@ -93,7 +93,14 @@ def test_rms_norm_in_every_cast_order(kind, dtype):
     graph = captured(normed_by_module, leaf(3, 7, 32, dtype=dtype), *weights)
     records = EXACT.run(graph, Prover())
     assert not [refused for record in records for refused in record.outcome.refused]
+    assert [change.op for record in records for change in record.outcome.changes] == ["rms_norm"]
     assert targets(graph)[-1:] == ["rms_norm"] and not {"rsqrt", "square"} & set(targets(graph))
+
+
+def test_rms_norm_declines_an_epsilon_that_is_not_given():
+    module, x = torch.nn.RMSNorm(32), leaf(3, 7, 32, dtype=torch.float32)
+    assert not any(record.outcome.changes for record in EXACT.run(captured(module, x), None))
+    assert any("no epsilon is given" in miss.reason for miss in near_misses(module, x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

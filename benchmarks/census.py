@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-KINDS = ("norm", "gated activation", "rotary embedding", "loss")
 # Of a layer or RMS norm; batch and group norms are another thing.
 NORM_CLASS = re.compile(r".*(RMS|Layer|L2|T5|Simple|Head|Q|K)_?Norm.*|.*Norm(Gated)?|RMS.*", re.IGNORECASE)
 ROTATION = re.compile(r"rotate_(half|every_two|queries_or_keys).*|_?apply_rotary_emb")
@@ -27,7 +26,10 @@ MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tenso
 
 
 def count_sites(model: nn.Module, run: Callable[[], Any]) -> Counter[str]:
-    """The sites of each of `KINDS` in what `run` calls. A module that is called twice is two sites."""
+    """The sites in what `run` calls: "norm", "gated activation", "rotary embedding" and "loss" to their numbers.
+
+    A module that is called twice is two sites.
+    """
     counting = _Counting()
     hooks = [
         hook
@@ -35,10 +37,13 @@ def count_sites(model: nn.Module, run: Callable[[], Any]) -> Counter[str]:
         if NORM_CLASS.fullmatch(type(module).__name__) and not isinstance(module, nn.GroupNorm | nn.BatchNorm1d)
         for hook in (module.register_forward_pre_hook(counting.enter), module.register_forward_hook(counting.leave))
     ]
+    profile = sys.getprofile()
     try:
-        with counting, _Profile(counting.python_call):
+        with counting:
+            sys.setprofile(counting.python_call)
             run()
     finally:
+        sys.setprofile(profile)
         for hook in hooks:
             hook.remove()
     return counting.found
@@ -59,7 +64,8 @@ class _Counting(TorchFunctionMode):
     def leave(self, module: nn.Module, arguments: Any, result: Any) -> None:
         self._norms.pop()
 
-    def python_call(self, frame: FrameType, event: str) -> None:
+    def python_call(self, frame: FrameType, event: str, _: Any) -> None:
+        """Sees, as `sys.setprofile` says, every function that is called and returns."""
         if not ROTATION.fullmatch(frame.f_code.co_name):
             return
         if event == "call":
@@ -83,17 +89,3 @@ class _Counting(TorchFunctionMode):
             if len(operands) == 2 and operands[0].shape == operands[1].shape:
                 self.found["gated activation"] += any(x is a for x in operands for a in self._activated)
         return result
-
-
-class _Profile:
-    """Calls `see(frame, event)` for every Python function that is called and returns."""
-
-    def __init__(self, see: Callable[[FrameType, str], None]) -> None:
-        self._see = see
-
-    def __enter__(self) -> None:
-        self._before = sys.getprofile()
-        sys.setprofile(lambda frame, event, _: self._see(frame, event) if event in ("call", "return") else None)
-
-    def __exit__(self, *error: Any) -> None:
-        sys.setprofile(self._before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -133,7 +134,7 @@ def cover_policy(model: Any, policy: str, batches: list[Any]) -> Row:
     errors = training_errors(optimized, original, batches, use_cache=False)
     report = fxopt.report(optimized)
     rounding = torch.finfo(optimized.dtype).eps / 2
-    worst = max(errors, key=lambda e: e.error / (1.1 * e.original_error + 2 * rounding * e.size + 1e-30))
+    worst = max(errors, key=lambda e: e.error / (e.allowed(rounding) + 1e-30))
     return {
         "sites": dict(sites),
         "hits": {kind: sum(report.hits.get(op, 0) for op in ops) for kind, ops in OPS_OF.items()},
@@ -145,13 +146,8 @@ def cover_policy(model: Any, policy: str, batches: list[Any]) -> Row:
         "refused": [f"{item.rule} at {item.source}: {item.reason}" for item in report.refused],
         "relative_error": _mean([e.error / e.size for e in errors if e.size]),
         "original_relative_error": _mean([e.original_error / e.size for e in errors if e.size]),
-        "worst": {
-            "name": worst.name,
-            "error": worst.error,
-            "original_error": worst.original_error,
-            "size": worst.size,
-        },
-        "violations": sum(e.exceeds_rule(2 * rounding) for e in errors),
+        "worst": dataclasses.asdict(worst),
+        "violations": sum(not e.error <= e.allowed(rounding) for e in errors),
         "compared": len(errors),
     }
 

@@ -26,7 +26,7 @@ WIDTH = 64
 HEADS = 4
 MAX_LAYERS = 8
 
-# The first pattern that a field's name matches gives its value. `None` stands for "leave it as it is".
+# The first pattern that a field's name matches gives its value, if that is smaller.
 SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size_per_layer_input|(.*_)?vocab_size(_base)?", VOCABULARY),
     (

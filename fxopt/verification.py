@@ -14,9 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fxopt.capture import OptimizedForward
-
-SLACK = 1.1
-FEW = 100  # the error of fewer numbers is a draw; it may be twice the original's
+from fxopt.rewrite.prove import FEW, SLACK
 
 
 @dataclass(frozen=True)

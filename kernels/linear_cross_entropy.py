@@ -17,7 +17,6 @@ Bytes that must move: hidden and weight, their gradients, and 3 passes over the 
 
 import math
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -178,8 +177,9 @@ def _loss_and_grads(
     losses = hidden.new_empty(labels.shape, dtype=torch.float64 if hidden.device.type in ("cpu", "cuda") else dtype)
     buffer = hidden.new_empty(max((chunk.stop - chunk.start for chunk in chunks), default=0), vocabulary)
     dhidden = hidden.new_empty(hidden.shape if want_hidden else 0)
-    new_dweight = partial(weight.new_zeros, dtype=dtype) if summed else weight.new_empty
-    dweight = new_dweight(weight.shape if want_weight else 0)
+    dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=dtype if summed else weight.dtype)
+    if summed:
+        dweight.zero_()
     dbias = weight.new_zeros(vocabulary if want_bias else 0, dtype=dtype)
 
     for chunk in chunks:

@@ -52,22 +52,4 @@ class FuseLinearCrossEntropy(Rule):
         return linear_cross_entropy(rows, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction)
 
 
-class FuseFloat32LinearCrossEntropy(FuseLinearCrossEntropy):
-    """The same on float32 logits, where `remove_casts` has taken the cast away."""
-
-    @staticmethod
-    def pattern(
-        hidden: Any, weight: Any, bias: Any, labels: Any, vocabulary: Any, ignore_index: Any, reduction: Any
-    ) -> Any:
-        logits = F.linear(hidden, weight, bias).view(-1, vocabulary)
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
-
-    @staticmethod
-    def check(hidden: fx.Node, weight: fx.Node, labels: fx.Node, vocabulary: int) -> None:
-        require(dtype_of(hidden) == torch.float32, f"the softmax is in {dtype_of(hidden)}, the fused one in float32")
-        FuseLinearCrossEntropy.check(hidden, weight, labels, vocabulary)
-
-
-FUSE_LINEAR_CROSS_ENTROPY = rules_pass(
-    "fuse_linear_cross_entropy", FuseLinearCrossEntropy, FuseFloat32LinearCrossEntropy
-)
+FUSE_LINEAR_CROSS_ENTROPY = rules_pass("fuse_linear_cross_entropy", FuseLinearCrossEntropy)

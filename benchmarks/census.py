@@ -1,7 +1,7 @@
 """How many norms, gated activations, rotary embeddings and losses a model's eager forward contains.
 
 Counted while the original code runs, from the names of its modules and functions and from the calls it makes, and so
-without any knowledge of fxopt's rules: what the rules find is compared with it.
+without any knowledge of fxopt's rules. `count_ops` counts what runs in their place when the model is optimized.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 # Of a layer or RMS norm; batch and group norms are another thing.
 NORM_CLASS = re.compile(r".*(RMS|Layer|L2|T5|Simple|Head|Q|K)_?Norm.*|.*Norm(Gated)?|RMS.*", re.IGNORECASE)
-ROTATION = re.compile(r"rotate_(half|every_two|queries_or_keys).*|_?apply_rotary_emb")
+# How many tensors a function rotates; queries and keys usually pass one after the other.
+ROTATIONS = {
+    re.compile(r"rotate_(half|pairwise|every_two|queries_or_keys).*|_apply_rotary_emb"): 1,
+    re.compile(r"apply_rotary_pos_emb_interleave"): 2,
+}
 ACTIVATIONS = {F.silu, F.gelu, F.relu, torch.relu, torch.nn.functional.mish}
 MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_, Tensor.__imul__}
 
@@ -49,27 +53,44 @@ def count_sites(model: nn.Module, run: Callable[[], Any]) -> Counter[str]:
     return counting.found
 
 
+def count_ops(run: Callable[[], Any]) -> Counter[str]:
+    """How often each of fxopt's ops is called by what `run` calls, by name."""
+    # A profiler, since Dynamo leaves its graphs aside while a dispatch mode watches.
+    with torch.autograd.profiler.profile() as profile:
+        run()
+    ops = [event for event in profile.function_events if event.name.startswith("fxopt::")]
+    return Counter(op.name.removeprefix("fxopt::") for op in ops if not _is_within(op.cpu_parent, ops))
+
+
+def _is_within(event: Any, ops: list[Any]) -> bool:
+    return event is not None and (event in ops or _is_within(event.cpu_parent, ops))
+
+
 class _Counting(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
-        self._norms: list[nn.Module] = []  # that are running
+        self._norms: list[int] = []  # for each norm that is running, how many had been found before it
         self._rotations: list[FrameType] = []
         self._activated: list[Tensor] = []  # kept alive, so that no other tensor is taken for one of them
 
     def enter(self, module: nn.Module, arguments: Any) -> None:
-        self.found["norm"] += not self._norms  # a gated norm may contain a norm
-        self._norms.append(module)
+        self._norms.append(self.found["norm"])
 
     def leave(self, module: nn.Module, arguments: Any, result: Any) -> None:
-        self._norms.pop()
+        before = self._norms.pop()
+        # What yields something else than its input's rows, a block or a scale for each row, is no norm, whatever its
+        # name. A norm that contains a norm, as gated ones do, is one.
+        if isinstance(result, Tensor) and result.shape == arguments[0].shape:
+            self.found["norm"] = before + 1
 
     def python_call(self, frame: FrameType, event: str, _: Any) -> None:
         """Sees, as `sys.setprofile` says, every function that is called and returns."""
-        if not ROTATION.fullmatch(frame.f_code.co_name):
+        rotated = sum(n for pattern, n in ROTATIONS.items() if pattern.fullmatch(frame.f_code.co_name))
+        if not rotated:
             return
         if event == "call":
-            self.found["rotary embedding"] += not self._rotations
+            self.found["rotary embedding"] += 0 if self._rotations else rotated
             self._rotations.append(frame)
         elif event == "return":
             self._rotations.pop()
@@ -78,7 +99,7 @@ class _Counting(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if function is F.cross_entropy:
             self.found["loss"] += 1
-        elif function in (F.layer_norm, F.rms_norm) and not self._norms:
+        elif function in (F.layer_norm, F.rms_norm):
             self.found["norm"] += 1
         elif function is torch.view_as_complex and not self._rotations:
             self.found["rotary embedding"] += 1

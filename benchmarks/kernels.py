@@ -22,24 +22,38 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fxopt.kernels import add_rms_norm, glu, linear_cross_entropy, rms_norm, rope
+from fxopt.kernels import add_layer_norm, add_rms_norm, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 from fxopt.kernels.backend import TRITON_DEVICES, row_tile, tl, triton
 
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCABULARY = 576, 1536, 9, 64, 49152
 
 TARGETS = {"cuda:80": ("cuda", 80, 32), "cuda:90": ("cuda", 90, 32), "hip:gfx942": ("hip", "gfx942", 64)}
 FLOAT32 = getattr(tl, "float32", None)
-NORM = {"EPS": 1e-6, "D": HIDDEN, "DTYPE": FLOAT32} | (row_tile(HIDDEN) if TRITON_DEVICES else {})
+TILE = {"D": HIDDEN, "DTYPE": FLOAT32} | (row_tile(HIDDEN) if TRITON_DEVICES else {})
+NORM = TILE | {"EPS": 1e-6}
+WEIGHTED, UNWEIGHTED = (NORM | {"HAS_WEIGHT": has} for has in (True, False))
+BOTH, NEITHER = ({"HAS_WEIGHT": has, "HAS_BIAS": has} for has in (True, False))
+SUMS = dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
 GLU = {"D": INTERMEDIATE, "BLOCK": glu.BLOCK, "DTYPE": FLOAT32}
 ROPE = {"HALF": HEAD_DIM // 2, "ROWS": 32, "BLOCK": 32, "DTYPE": FLOAT32}
-SOFTMAX = {"BLOCK": linear_cross_entropy.BLOCK, "DTYPE": FLOAT32, "num_warps": 8}
+ROPE |= {"X_PAIRS": False, "Y_PAIRS": False, "TABLE_PAIRS": False, "TABLE_WIDE": True}  # as in Llama
+LOSS_OPTIONS = {name.upper(): value for name, value in linear_cross_entropy._Options()._asdict().items()}
+SOFTMAX = {"BLOCK": linear_cross_entropy.BLOCK, "DTYPE": FLOAT32, "num_warps": 8} | LOSS_OPTIONS
 
 # name -> kernel, constants, and pointers to another type than the tensors'
 KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
-    "rms_norm forward": (rms_norm._rms_norm_fwd_kernel, NORM, {}),
-    "rms_norm backward": (rms_norm._rms_norm_bwd_kernel, NORM, {"dweight_ptr": "*fp32"}),
-    "add_rms_norm forward": (add_rms_norm._add_rms_norm_fwd_kernel, NORM, {}),
-    "add_rms_norm backward": (add_rms_norm._add_rms_norm_bwd_kernel, NORM, {"dweight_ptr": "*fp32"}),
+    "rms_norm forward": (rms_norm._rms_norm_fwd_kernel, WEIGHTED, {}),
+    "rms_norm backward": (rms_norm._rms_norm_bwd_kernel, WEIGHTED, {"dweight_ptr": "*fp32"}),
+    "rms_norm without weight forward": (rms_norm._rms_norm_fwd_kernel, UNWEIGHTED, {}),
+    "rms_norm without weight backward": (rms_norm._rms_norm_bwd_kernel, UNWEIGHTED, {"dweight_ptr": "*fp32"}),
+    "add_rms_norm forward": (add_rms_norm._add_rms_norm_fwd_kernel, WEIGHTED, {}),
+    "add_rms_norm backward": (add_rms_norm._add_rms_norm_bwd_kernel, WEIGHTED, {"dweight_ptr": "*fp32"}),
+    "layer_norm forward": (layer_norm._layer_norm_fwd_kernel, NORM | BOTH, SUMS),
+    "layer_norm backward": (layer_norm._layer_norm_bwd_kernel, TILE | BOTH, SUMS),
+    "layer_norm forward, no parameters": (layer_norm._layer_norm_fwd_kernel, NORM | NEITHER, SUMS),
+    "layer_norm backward, no parameters": (layer_norm._layer_norm_bwd_kernel, TILE | NEITHER, SUMS),
+    "add_layer_norm forward": (add_layer_norm._add_layer_norm_fwd_kernel, NORM | BOTH, SUMS),
+    "add_layer_norm backward": (add_layer_norm._add_layer_norm_bwd_kernel, TILE | BOTH, SUMS),
     "swiglu forward": (glu._glu_fwd_kernel, GLU | {"ACTIVATION": "silu"}, {}),
     "swiglu backward": (glu._glu_bwd_kernel, GLU | {"ACTIVATION": "silu"}, {}),
     "geglu forward": (glu._glu_fwd_kernel, GLU | {"ACTIVATION": "gelu"}, {}),
@@ -107,7 +121,7 @@ def cases(tokens: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]
     def random(*shape: int) -> Tensor:
         return torch.randn(shape).bfloat16().requires_grad_()
 
-    x, residual, weight = random(tokens, HIDDEN), random(tokens, HIDDEN), random(HIDDEN)
+    x, residual, weight, bias = random(tokens, HIDDEN), random(tokens, HIDDEN), random(HIDDEN), random(HIDDEN)
     queries = random(1, tokens, HEADS, HEAD_DIM).detach().transpose(1, 2).requires_grad_()
     cos, sin = random(1, 1, tokens, HEAD_DIM).detach(), random(1, 1, tokens, HEAD_DIM).detach()
     labels = torch.randint(0, VOCABULARY, (tokens,))
@@ -121,11 +135,25 @@ def cases(tokens: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]
             add_rms_norm.add_rms_norm_reference,
             [x, residual, weight, 1e-5],
         ),
+        # Eager code is torch's own here: the references calculate in float32 throughout.
+        "layer_norm": (layer_norm.layer_norm, eager_layer_norm, [x, weight, bias, 1e-5]),
+        "add_layer_norm": (add_layer_norm.add_layer_norm, eager_add_layer_norm, [x, residual, weight, bias, 1e-5]),
         "swiglu": (glu.swiglu, glu.swiglu_reference, [random(tokens, INTERMEDIATE), random(tokens, INTERMEDIATE)]),
         "rope": (rope.rope, rope.rope_reference, [queries, cos, sin]),
         "linear_cross_entropy": (*loss, [x, head, labels]),
         "linear_cross_entropy, 60 % ignored": (*loss, [x, head, masked]),
     }
+
+
+def eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def eager_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    return summed, eager_layer_norm(summed, weight, bias, eps)
 
 
 def best_ms(function: Callable[..., Any], inputs: list[Any], backward: bool, repeats: int) -> float:

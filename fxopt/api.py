@@ -78,13 +78,14 @@ def report(model: nn.Module) -> Report:
     return _optimized_forward(model).report
 
 
-def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
-    """Loss and every gradient of an optimized model on `batch`, against its original forward and against float64.
+def verify(model: nn.Module, *batches: Mapping[str, Any]) -> Verification:
+    """Loss and every gradient of an optimized model on `batches`, against its original forward and against float64.
 
-    The model's parameters, gradients and random state are as before when this returns. Raises ValueError for a batch
-    that runs the original forward, such as one without labels.
+    The more batches, the less a comparison is a matter of luck. The model's parameters, buffers, gradients and random
+    state are as before when this returns. Raises ValueError for a batch that runs the original forward, such as one
+    without labels, and where there is no batch.
     """
-    return _verify(model, _optimized_forward(model), batch)
+    return _verify(_optimized_forward(model), batches)
 
 
 def inspect(model: nn.Module) -> GraphDiff:

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal, get_args
 
@@ -84,8 +85,10 @@ class OptimizedForward:
         if kind in self._disabled:
             self.report.fallbacks[self._disabled[kind]] += 1
             return self.original(*args, **kwargs)
+        known_breaks = len(torch._dynamo.utils.graph_break_reasons)
         try:
-            outputs = self._graphs_for(kind)(self.original, captured)
+            with torch._dynamo.config.patch(ignore_logging_functions=_advice_given_once(), nested_graph_breaks=True):
+                outputs = self._graphs_for(kind)(self.original, captured)
         except Exception as error:
             # Whatever the reason, the original must run now; if the call itself is at fault, it says so better.
             outputs = self.original(*args, **kwargs)
@@ -93,6 +96,8 @@ class OptimizedForward:
             self.report.fallbacks[self._disabled[kind]] += 1
             logger.warning("a call of %s is not optimized: %s", self.report.model, self._disabled[kind])
             return outputs
+        for graph_break in torch._dynamo.utils.graph_break_reasons[known_breaks:]:
+            self.report.graph_breaks[_where_and_why(graph_break)] += 1
         return reveal_on_touch(outputs)
 
     def why_not_covered(self, batch: Mapping[str, Any]) -> str:
@@ -154,6 +159,15 @@ def _without_cheap_results(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _advice_given_once() -> set[Callable[..., Any]]:
+    """transformers' `logger.warning_once`, which only the original forward calls.
+
+    Any logging breaks a graph in two; the advice about `loss_type` would come between the output head and its loss.
+    """
+    names = ("warning_once", "info_once")
+    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+
+
 _counter = itertools.count()
 
 
@@ -176,6 +190,13 @@ def _explained(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"
 
 
+def _where_and_why(graph_break: Any) -> str:
+    """A graph break of Dynamo's in one line: `file.py:line: reason`."""
+    place = graph_break.user_stack[-1] if graph_break.user_stack else None
+    where = f"{Path(place.filename).name}:{place.lineno}: " if place is not None else ""
+    return where + graph_break.reason.strip().splitlines()[0]
+
+
 def _frame() -> int:
     """Which piece of code Dynamo is compiling: the same for all recompilations of it."""
     compile_id = CompileContext.current_compile_id()
@@ -186,5 +207,9 @@ def _tidied(passes: list[PassRecord]) -> list[PassRecord]:
     """Without the near misses whose place another rule took."""
     for record in passes:
         outcome = record.outcome
-        outcome.near_misses = [miss for miss in outcome.near_misses if not miss.anchor._erased]
+        outcome.near_misses = [
+            miss
+            for miss in outcome.near_misses
+            if not any(node._erased and "fxopt_rule" in node.meta for node in miss.nodes)
+        ]
     return passes

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fxopt.capture import OptimizedForward
+from fxopt.float64 import float64_copy, float64_throughout
 from fxopt.rewrite.prove import FEW, SLACK
+
+ZERO = 1e-6  # of the largest gradient: what is smaller than this in float64 is zero, up to rounding
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One value: its error in the original and in the optimized model, against float64.
+    """One value, the loss or a gradient: its error in the original and in the optimized model, against float64.
 
-    Against float32 where the model cannot be run in float64. Errors are root mean squares, relative to the value's
-    own. `allowed` is 1.1 × the original's error (2 × for fewer than 100 numbers) plus one rounding of the dtype.
+    Errors are root mean squares over the value's numbers and over the batches, relative to the value's own. `allowed`
+    is 1.1 × the original's error (2 × for fewer than 100 numbers) plus one rounding of the dtype.
     """
 
     name: str
@@ -37,7 +40,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `fxopt.verify`: the losses, and a `Comparison` for the loss and for each gradient."""
+    """What `fxopt.verify` found: the losses of the first batch, and a `Comparison` for the loss and each gradient."""
 
     loss_exact: float
     loss_original: float
@@ -52,62 +55,119 @@ class Verification:
     def failures(self) -> tuple[Comparison, ...]:
         return tuple(comparison for comparison in self.comparisons if not comparison.holds)
 
+    @property
+    def worst(self) -> tuple[Comparison, ...]:
+        """The comparisons, the one that comes closest to what is allowed, or exceeds it most, first."""
+        return tuple(sorted(self.comparisons, key=lambda c: c.optimized_error / max(c.allowed, 1e-30), reverse=True))
+
     def __rich__(self) -> RenderableType:
         table = Table("value", "original's error", "optimized's error", "allowed")
         table.title = f"{len(self.comparisons)} values compared"
-        worst = sorted(self.comparisons, key=lambda c: c.optimized_error / max(c.allowed, 1e-30), reverse=True)
-        for c in worst[:10]:
+        for c in self.worst[:10]:
             errors = (f"{error:.2e}" for error in (c.original_error, c.optimized_error, c.allowed))
             table.add_row(c.name, *errors, style="" if c.holds else "red")
         return table
 
 
-def verify(model: nn.Module, forward: OptimizedForward, batch: Mapping[str, Any]) -> Verification:
-    reason = forward.why_not_covered(batch)
-    if reason:
-        raise ValueError(f"nothing to verify: {reason}, so this batch runs the original forward")
+def verify(forward: OptimizedForward, batches: Sequence[Mapping[str, Any]]) -> Verification:
+    if not batches:
+        raise ValueError("nothing to verify: give at least one batch, such as one that the model trains on")
+    for batch in batches:
+        if reason := forward.why_not_covered(batch):
+            raise ValueError(f"nothing to verify: {reason}, so this batch runs the original forward")
     optimized = forward.model
-    was_original = _loss_and_gradients(optimized, forward.original, batch)
-    was_optimized = _loss_and_gradients(optimized, forward, batch)
-    truth = _truth(optimized, batch)
-    rounding = max(torch.finfo(p.dtype).eps for p in optimized.parameters() if p.is_floating_point()) / 2
+    exact = float64_copy(optimized)
+    sums: dict[str, Tensor] = {}  # of squares: the original's error, the optimized's, the truth
+    numbers: dict[str, int] = {}
+    losses: list[tuple[float, float, float]] = []
+    for seed, batch in enumerate(batches):
+        with _keeping_buffers(optimized):
+            plain = _loss_and_gradients(optimized, forward.original, batch, seed)
+            found = _loss_and_gradients(optimized, forward, batch, seed)
+        with float64_throughout():
+            truth = _loss_and_gradients(exact, exact.forward, _in_float64(batch), seed)
+        losses.append((float(truth["loss"]), float(plain["loss"]), float(found["loss"])))
+        for name in {**truth, **plain, **found}:
+            true, *sides = (side.get(name, torch.zeros(())).double() for side in (truth, plain, found))
+            squares = [_squares(side, true) for side in sides] + [true.nan_to_num(0.0, 0.0, 0.0).square().sum()]
+            if sum(name in side for side in (plain, found)) == 1:
+                squares[1] = true.new_tensor(math.inf)  # a gradient that the other does not have
+            sums[name] = sums.get(name, torch.zeros(())) + torch.stack(squares)
+            numbers[name] = true.numel()
+    return Verification(*losses[0], tuple(_comparisons(sums, numbers, _rounding(optimized))))
+
+
+def _comparisons(sums: dict[str, Tensor], numbers: dict[str, int], rounding: float) -> list[Comparison]:
+    sizes = {name: float(total[2].sqrt()) / math.sqrt(numbers[name]) for name, total in sums.items()}
+    largest = max((size for name, size in sizes.items() if name != "loss" and math.isfinite(size)), default=0.0)
     comparisons = []
-    for name, value in truth.items():
-        scale = max(_root_mean_square(value), torch.finfo(torch.float32).tiny)
-        errors = [_root_mean_square(side[name].to(value) - value) / scale for side in (was_original, was_optimized)]
-        # transformers takes the loss in float32, whatever the model's dtype: two roundings lie between two losses.
-        roundings = 2 if name == "loss" else 1
-        slack = SLACK if value.numel() >= FEW else 2.0
-        comparisons.append(Comparison(name, errors[0], errors[1], slack * errors[0] + roundings * rounding))
-    losses = [float(side["loss"]) for side in (truth, was_original, was_optimized)]
-    if any(math.isnan(loss) for loss in losses) and not all(math.isnan(loss) for loss in losses):
-        comparisons.append(Comparison("loss", 0.0, math.inf, 0.0))
-    return Verification(losses[0], losses[1], losses[2], tuple(comparisons))
+    for name, total in sums.items():
+        # A gradient that is zero in float64, such as that of a key's bias, is measured by the others.
+        size = max(sizes[name], ZERO * largest, torch.finfo(torch.float32).tiny) * math.sqrt(numbers[name])
+        original, optimized = (float(error) / size for error in total[:2].sqrt())
+        slack = SLACK if numbers[name] >= FEW else 2.0
+        comparisons.append(Comparison(name, original, optimized, slack * original + rounding))
+    return comparisons
 
 
-def _truth(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _squares(value: Tensor, truth: Tensor) -> Tensor:
+    """Σ (value - truth)²; infinite where one of two elements is nan or infinite and the other is not the same."""
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    return torch.where(same, 0.0, value - truth).nan_to_num(nan=math.inf).square().sum()
+
+
+def _rounding(model: nn.Module) -> float:
+    return max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) / 2
+
+
+def _in_float64(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in batch.items()}
+
+
+@contextmanager
+def _keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Gives the model's buffers back what they held: some models count in them."""
+    held = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        return _in_dtype(torch.float64, model, batch)
-    except RuntimeError:  # an operation that has no float64, such as torch's grouped matrix product
-        return _in_dtype(torch.float32, model, batch)
+        yield
+    finally:
+        for buffer, value in held:
+            buffer.copy_(value)
 
 
-def _in_dtype(dtype: torch.dtype, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    exact = copy.deepcopy(model).to(dtype)
-    exact.__dict__.pop("forward", None)
-    floating = {n: v.to(dtype) for n, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return _loss_and_gradients(exact, exact.forward, {**batch, **floating})
-
-
-def _loss_and_gradients(model: nn.Module, forward: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _loss_and_gradients(
+    model: nn.Module, forward: Callable[..., Any], batch: Mapping[str, Any], seed: int
+) -> dict[str, Tensor]:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = list(named.values())
+
+    def loss_of() -> Tensor:
+        torch.manual_seed(seed)  # the same dropout in each
+        loss: Tensor = forward(**batch).loss
+        return loss
+
     with torch.enable_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)  # the same dropout in each
-        loss = forward(**batch).loss
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        gradients: tuple[Tensor | None, ...]
+        try:
+            loss = loss_of()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            loss = loss_of()
+            gradients = _gradients_of_reentrant_checkpoints(loss, parameters)
     values = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
     return {"loss": loss.detach(), **values}
 
 
-def _root_mean_square(value: Tensor) -> float:
-    return float(value.double().square().mean().sqrt())
+def _gradients_of_reentrant_checkpoints(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """What `backward` leaves in `.grad`, which then holds again what it held: `autograd.grad` cannot do these."""
+    held = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+        return tuple(parameter.grad for parameter in parameters)
+    finally:
+        for parameter, gradient in zip(parameters, held, strict=True):
+            parameter.grad = gradient

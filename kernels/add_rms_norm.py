@@ -25,7 +25,7 @@ from fxopt.kernels.backend import (
 from fxopt.kernels.rms_norm import rms_norm_reference
 
 
-def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch."""
     summed = x + residual
     return summed, rms_norm_reference(summed, weight, eps)
@@ -34,7 +34,8 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 @triton.jit
 def _add_rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, summed_ptr, normed_ptr, num_rows, x_stride, residual_stride,
-    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     cols = tl.arange(0, BLOCK)[None, :]
@@ -42,24 +43,27 @@ def _add_rms_norm_fwd_kernel(
 
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(DTYPE)
     residual = tl.load(residual_ptr + rows * residual_stride + cols, mask=mask, other=0.0).to(DTYPE)
-    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
     rounded = (x + residual).to(summed_ptr.dtype.element_ty)
     tl.store(summed_ptr + rows * D + cols, rounded, mask=mask)
 
     summed = rounded.to(DTYPE)
-    rstd = tl.rsqrt(tl.sum(summed * summed, axis=1, keep_dims=True) / D + EPS)
-    tl.store(normed_ptr + rows * D + cols, (summed * rstd * weight).to(normed_ptr.dtype.element_ty), mask=mask)
+    normed = summed * tl.rsqrt(tl.sum(summed * summed, axis=1, keep_dims=True) / D + EPS)
+    if HAS_WEIGHT:
+        normed *= tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
+    tl.store(normed_ptr + rows * D + cols, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _add_rms_norm_bwd_kernel(
     dsummed_ptr, dnormed_ptr, summed_ptr, weight_ptr, dx_ptr, dweight_ptr,
     num_rows, dsummed_stride, dnormed_stride, summed_stride,
-    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
-    dweight = tl.zeros([ROWS, BLOCK], dtype=DTYPE)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
+        dweight = tl.zeros([ROWS, BLOCK], dtype=DTYPE)
 
     # A program takes every num_programs-th tile and writes one row of partial sums: no atomics, the same sum each run.
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
@@ -71,21 +75,24 @@ def _add_rms_norm_bwd_kernel(
 
         rstd = tl.rsqrt(tl.sum(summed * summed, axis=1, keep_dims=True) / D + EPS)
         x_hat = summed * rstd
-        dx_hat = dnormed * weight
+        dx_hat = dnormed
+        if HAS_WEIGHT:
+            dx_hat = dnormed * weight
+            dweight += dnormed * x_hat
         dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1, keep_dims=True) / D)) + dsummed
-        dweight += dnormed * x_hat
         tl.store(dx_ptr + rows * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-    tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(x + residual, rms_norm(x + residual, weight, eps)), differentiable once in x, residual and weight.
 
     Args:
         x: (..., D), any floating dtype and any strides.
         residual: as x, in shape and dtype.
-        weight: (D,), any floating dtype; its gradient has this dtype.
+        weight: (D,), any floating dtype; its gradient has this dtype. None: no factor.
         eps: added to the mean square.
 
     Returns:
@@ -96,7 +103,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"add_rms_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
-    if weight.shape != x.shape[-1:]:
+    if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(
             f"add_rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) as x's last dimension"
         )
@@ -109,13 +116,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 @torch.library.custom_op("fxopt::add_rms_norm", mutates_args=())
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     summed = torch.add(x, residual, out=x.new_empty(x.shape))
     return summed, torch.ops.fxopt.rms_norm(summed, weight, eps)
 
 
 @_add_rms_norm.register_kernel(TRITON_DEVICES)
-def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     x_rows, residual_rows = as_rows(x), as_rows(residual)
     summed, normed = x.new_empty(x.shape), x.new_empty(x.shape)
     num_rows, D = x_rows.shape
@@ -123,21 +130,21 @@ def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float
     if num_rows:
         with on_device(x):
             _add_rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, residual_rows, weight.contiguous(), summed, normed,
+                x_rows, residual_rows, weight if weight is None else weight.contiguous(), summed, normed,
                 num_rows, x_rows.stride(0), residual_rows.stride(0),
-                EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+                HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
             )  # fmt: skip
     return summed, normed
 
 
 @_add_rms_norm.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.custom_op("fxopt::add_rms_norm_backward", mutates_args=())
 def _add_rms_norm_backward(
-    dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float
+    dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     dx, dweight = torch.ops.fxopt.rms_norm_backward(dnormed, summed, weight, eps)
     return dx.add_(dsummed), dweight
@@ -145,27 +152,27 @@ def _add_rms_norm_backward(
 
 @_add_rms_norm_backward.register_kernel(TRITON_DEVICES)
 def _add_rms_norm_backward_triton(
-    dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float
+    dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     dsummed_rows, dnormed_rows, summed_rows = as_rows(dsummed), as_rows(dnormed), as_rows(summed)
     dx = summed.new_empty(summed.shape)
     num_rows, D = summed_rows.shape
     tile = row_tile(D)
     num_programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
-    dweight = summed.new_empty(num_programs, D, dtype=compute_dtype(summed))
+    dweight = summed.new_empty(num_programs if weight is not None else 0, D, dtype=compute_dtype(summed))
     if num_rows:
         with on_device(summed):
             _add_rms_norm_bwd_kernel[(num_programs,)](
-                dsummed_rows, dnormed_rows, summed_rows, weight.contiguous(), dx, dweight,
+                dsummed_rows, dnormed_rows, summed_rows, weight if weight is None else weight.contiguous(), dx, dweight,
                 num_rows, dsummed_rows.stride(0), dnormed_rows.stride(0), summed_rows.stride(0),
-                EPS=eps, D=D, DTYPE=triton_dtype(summed), **tile,
+                HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(summed), **tile,
             )  # fmt: skip
-    return dx, dweight.sum(0).to(weight.dtype)
+    return dx, summed.new_empty(0) if weight is None else dweight.sum(0).to(weight.dtype)
 
 
 @_add_rms_norm_backward.register_fake
-def _(dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return summed.new_empty(summed.shape), weight.new_empty(weight.shape)
+def _(dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return summed.new_empty(summed.shape), summed.new_empty(0) if weight is None else weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -188,7 +195,7 @@ def _backward(ctx, dsummed: Tensor | None, dnormed: Tensor | None):
         dx, dweight = torch.ops.fxopt.rms_norm_backward(dnormed, summed, weight, ctx.eps)
     else:
         dx, dweight = torch.ops.fxopt.add_rms_norm_backward(dsummed, dnormed, summed, weight, ctx.eps)
-    return dx, dx, dweight, None
+    return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
 
 
 _add_rms_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,7 @@
 """Gated linear units:  y = f(gate) * up,  with f silu (SwiGLU), gelu (GeGLU) or relu (ReGLU).
 
 Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202; transformers `LlamaMLP` and `GemmaMLP`.
-Shapes: gate (..., D), up (..., D) -> (..., D), in gate's dtype.
+Shapes: gate (..., D), up (..., D) -> (..., D), in the wider dtype of both.
 Triton calculates in float32 (float64 for float64) and rounds once; the CPU rounds f(gate) too, as eager code does.
     silu(g) = g * sigmoid(g),    gelu(g) = g * Φ(g), or by tanh: g * sigmoid(2 * sqrt(2/π) * (g + 0.044715 g³))
 Gradient:
@@ -90,13 +90,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Args:
         gate: (..., D), any floating dtype and any strides (a half of a joint projection, for instance).
-        up: as gate, in shape and dtype.
+        up: as gate in shape, any floating dtype.
 
     Returns:
-        (..., D), contiguous, in gate's dtype.
+        (..., D), contiguous, in the wider dtype of both, as PyTorch promotes them.
 
     Raises:
-        ValueError: the last dimension is empty, or up differs from gate in shape or dtype.
+        ValueError: the last dimension is empty, or up differs from gate in shape.
     """
     return _checked_glu("swiglu", gate, up, "silu")
 
@@ -119,38 +119,40 @@ def reglu(gate: Tensor, up: Tensor) -> Tensor:
 def _checked_glu(name: str, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.dim() == 0 or gate.shape[-1] == 0:
         raise ValueError(f"{name}: gate has shape {tuple(gate.shape)}; the last dimension must not be empty")
-    if up.shape != gate.shape or up.dtype != gate.dtype:
-        raise ValueError(
-            f"{name}: up is {up.dtype} {tuple(up.shape)}; it must be as gate, {gate.dtype} {tuple(gate.shape)}"
-        )
+    if up.shape != gate.shape:
+        raise ValueError(f"{name}: up has shape {tuple(up.shape)}; it must be as gate's, {tuple(gate.shape)}")
     return torch.ops.fxopt.glu(gate, up, activation)
 
 
 @torch.library.custom_op("fxopt::glu", mutates_args=())
 def _glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return _activate(gate, activation).mul_(up)
+    value = _activate(gate, activation)
+    return torch.mul(value, up, out=value if value.dtype == _result_dtype(gate, up) else None)
 
 
 @_glu.register_kernel(TRITON_DEVICES)
 def _glu_triton(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    gate_rows, up_rows, y = as_rows(gate), as_rows(up), gate.new_empty(gate.shape)
+    gate_rows, up_rows, y = as_rows(gate), as_rows(up), gate.new_empty(gate.shape, dtype=_result_dtype(gate, up))
     num_rows, D = gate_rows.shape
     if num_rows:
         with on_device(gate):
             _glu_fwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
                 gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0),
-                ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(gate),
+                ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(y),
             )  # fmt: skip
     return y
 
 
 @_glu.register_fake
 def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return gate.new_empty(gate.shape)
+    return gate.new_empty(gate.shape, dtype=_result_dtype(gate, up))
 
 
 @torch.library.custom_op("fxopt::glu_backward", mutates_args=())
 def _glu_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    if not gate.dtype == up.dtype == dy.dtype:
+        wide = _glu_backward(dy, gate.to(dy.dtype), up.to(dy.dtype), activation)
+        return wide[0].to(gate.dtype), wide[1].to(up.dtype)
     dgate = torch.mul(dy, up, out=gate.new_empty(gate.shape))
     if activation == "silu":
         _aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
@@ -170,7 +172,7 @@ def _glu_backward_triton(dy: Tensor, gate: Tensor, up: Tensor, activation: str) 
         with on_device(gate):
             _glu_bwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
                 dy_rows, gate_rows, up_rows, dgate, dup, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
-                ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(gate),
+                ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(dy),
             )  # fmt: skip
     return dgate, dup
 
@@ -196,6 +198,10 @@ def _backward(ctx, dy: Tensor):
 
 
 _glu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _result_dtype(gate: Tensor, up: Tensor) -> torch.dtype:
+    return torch.promote_types(gate.dtype, up.dtype)
 
 
 def _activate(gate: Tensor, activation: str) -> Tensor:

@@ -1,23 +1,29 @@
 """Linear layer and cross-entropy without the logits:  loss = cross_entropy(hidden @ weightᵀ + bias, labels).
 
 Source: `torch.nn.functional.cross_entropy`; computing the gradient chunk by chunk beside the loss follows Hsu et al.,
-"Liger Kernel", arXiv:2410.10989; compare Wijmans et al., "Cut Your Losses", arXiv:2411.09009.
+"Liger Kernel", arXiv:2410.10989; compare Wijmans et al., "Cut Your Losses", arXiv:2411.09009. The options: logit_scale
+is that of transformers' Cohere (Granite divides instead), softcap that of Gemma 2, arXiv:2408.00118, label_smoothing
+that of `cross_entropy`, z_loss that of PaLM, arXiv:2204.02311.
 Shapes: hidden (..., D), weight (V, D), bias (V,), labels (...) int64 -> loss, float32 (float64 for float64 inputs): a
 scalar, or labels' shape for reduction "none". Labels are already shifted.
-Softmax statistics are float32 (float64 for float64 inputs). The logits are rounded to hidden's dtype, as eager code
-rounds them; dlogits are scaled in float32 and rounded once; dweight is summed over chunks in float32.
-Gradient, with p = softmax(logits) of a row and s the row's share of the loss (1 / number of labels for "mean"):
-    dlogits = s * (p - onehot(label)), dhidden = dlogits @ weight, dweight = dlogitsᵀ @ hidden, dbias = Σ_rows dlogits
+The logits x are rounded to hidden's dtype, as eager code rounds them. All from there to dx is float32 (float64 for
+float64 inputs); dx is rounded once; dweight is summed over chunks in float32. With ε = label_smoothing, a row's loss is
+    z = logit_scale * x,  or with softcap  z = softcap * t  where  t = tanh(logit_scale * x / softcap)
+    loss = lse - (1 - ε) * z[label] - ε * mean(z) + z_loss * lse²,  lse = logsumexp(z)
+Gradient, with p = softmax(z) and s the row's share of the loss (1 / number of labels for "mean"):
+    dx = s * (p * (1 + 2 * z_loss * lse) - (1 - ε) * onehot(label) - ε / V) * logit_scale * (1 - t², with softcap)
+    dhidden = dx @ weight,  dweight = dxᵀ @ hidden,  dbias = Σ_rows dx
 Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them
 waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. They go through one reused buffer
-of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in which dlogits replace the logits. For "mean" and "sum" the
-gradients are computed with the loss and saved; for "none" they are computed in the backward, chunk by chunk again.
+of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in which dx replaces the logits. For "mean" and "sum" the gradients
+are computed with the loss and saved; for "none" they are computed in the backward, chunk by chunk again.
 Bytes that must move: hidden and weight, their gradients, and 3 passes over the buffer for each chunk.
 """
 
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +39,19 @@ _VOCABULARY_BLOCK = 4096  # rows of the weight's gradient that the CPU adds up a
 BLOCK = 4096  # columns that a Triton program holds at a time
 _REDUCTIONS = ("mean", "sum", "none")
 
-# (logits (n, V), labels (n,), scales (n,) or None, losses (n,)): fills losses; with scales, replaces logits by dlogits.
-SoftmaxRows = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+
+class _Options(NamedTuple):
+    """What happens to the logits between the matrix product and the loss; the defaults cost nothing."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+# (logits (n, V), labels (n,), scales (n,) or None, losses (n,), options): fills losses; with scales, replaces logits by
+# dlogits.
+SoftmaxRows = Callable[[Tensor, Tensor, Tensor | None, Tensor, _Options], None]
 
 
 def linear_cross_entropy_reference(
@@ -45,45 +62,102 @@ def linear_cross_entropy_reference(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """The specification, in plain PyTorch: the loss of transformers' `ForCausalLMLoss` on a linear head."""
+    """The specification, in plain PyTorch: the loss of transformers' `ForCausalLMLoss` on a linear head.
+
+    Model code scales and caps the logits before it casts them to float32 and rounds at each step; the op does not.
+    """
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(compute_dtype(logits)).reshape(-1, weight.shape[0])
+    logits = logits.to(compute_dtype(logits)).reshape(-1, weight.shape[0]) * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    labels_of_rows = labels.reshape(-1)
     losses = torch.nn.functional.cross_entropy(
-        logits, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction
+        logits, labels_of_rows, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
+    if z_loss:
+        ignored = labels_of_rows == ignore_index
+        penalties = (z_loss * logits.logsumexp(1).square()).masked_fill(ignored, 0.0)
+        if reduction != "none":
+            penalties = penalties.sum() / ((~ignored).sum() if reduction == "mean" else 1)
+        losses = losses + penalties
     return losses.reshape(labels.shape) if reduction == "none" else losses
+
+
+@triton.jit
+def _tanh(y):
+    """Triton has no tanh that all its devices and its interpreter know."""
+    # Below 1 Lambert's continued fraction, as y minus a small part, with an error of 4e-17 y^19; beyond it the
+    # exponential, in which a small y would lose its digits.
+    y2 = y * y
+    part = y2 * (11486475.0 + y2 * (810810.0 + y2 * (12870.0 + y2 * 44.0)))
+    part /= 34459425.0 + y2 * (16216200.0 + y2 * (945945.0 + y2 * (13860.0 + y2 * 45.0)))
+    beyond = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(y)))
+    return tl.where(y2 < 1.0, y - y * part, tl.where(y < 0.0, -beyond, beyond))
 
 
 @triton.jit
 def _softmax_rows_kernel(
     logits_ptr, labels_ptr, scales_ptr, losses_ptr, V,
-    HAS_SCALES: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_SCALES: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     label = tl.load(labels_ptr + row)
+    # z is what FACTOR multiplies: the logits, or their tanh. It comes last, so that differences of logits are exact.
+    FACTOR: tl.constexpr = LOGIT_SCALE if SOFTCAP is None else SOFTCAP
 
     # One pass keeps, per lane, the running maximum and the sum of exponentials below it (online softmax).
     maxima = tl.full([BLOCK], float("-inf"), dtype=DTYPE)
     sums = tl.zeros([BLOCK], dtype=DTYPE)
+    z_sums = tl.zeros([BLOCK], dtype=DTYPE)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(DTYPE)
+        if SOFTCAP is not None:
+            z = tl.where(cols < V, _tanh(z * (LOGIT_SCALE / SOFTCAP)), float("-inf"))
+        if LABEL_SMOOTHING > 0.0:
+            z_sums += tl.where(cols < V, z, 0.0)
         higher = tl.maximum(maxima, z)
         finite = tl.where(higher == float("-inf"), 0.0, higher)
-        sums = sums * tl.exp(maxima - finite) + tl.exp(z - finite)
+        sums = sums * tl.exp((maxima - finite) * FACTOR) + tl.exp((z - finite) * FACTOR)
         maxima = higher
     maximum = tl.max(maxima, axis=0)
-    total = tl.sum(sums * tl.exp(maxima - maximum), axis=0)
-    tl.store(losses_ptr + row, tl.log(total) - (tl.load(logits_ptr + label).to(DTYPE) - maximum))
+    total = tl.sum(sums * tl.exp((maxima - maximum) * FACTOR), axis=0)
+    label_z = tl.load(logits_ptr + label).to(DTYPE)
+    if SOFTCAP is not None:
+        label_z = _tanh(label_z * (LOGIT_SCALE / SOFTCAP))
+    target_z = (label_z - maximum) * FACTOR
+    if LABEL_SMOOTHING > 0.0:
+        mean_z = (tl.sum(z_sums, axis=0) / V - maximum) * FACTOR
+        target_z = (1.0 - LABEL_SMOOTHING) * target_z + LABEL_SMOOTHING * mean_z
+    log_total = tl.log(total)
+    loss = log_total - target_z
+    if Z_LOSS > 0.0:
+        logsumexp = log_total + maximum * FACTOR
+        loss += Z_LOSS * logsumexp * logsumexp
+    tl.store(losses_ptr + row, loss)
 
     if HAS_SCALES:
-        scale = tl.load(scales_ptr + row).to(DTYPE)
+        scale = tl.load(scales_ptr + row).to(DTYPE) * LOGIT_SCALE
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(DTYPE)
-            dz = (tl.exp(z - maximum) / total - tl.where(cols == label, 1.0, 0.0)) * scale
+            if SOFTCAP is not None:
+                z = _tanh(z * (LOGIT_SCALE / SOFTCAP))
+            p = tl.exp((z - maximum) * FACTOR) / total
+            if Z_LOSS > 0.0:
+                p *= 1.0 + 2.0 * Z_LOSS * logsumexp
+            if LABEL_SMOOTHING > 0.0:
+                p -= tl.full([], LABEL_SMOOTHING, dtype=DTYPE) / V
+            dz = (p - tl.where(cols == label, 1.0 - LABEL_SMOOTHING, 0.0)) * scale
+            if SOFTCAP is not None:
+                dz *= (1.0 - z) * (1.0 + z)  # 1 - z is exact where z is near 1
             tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < V)
 
 
@@ -95,6 +169,11 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """cross_entropy(hidden @ weightᵀ + bias, labels), differentiable once in hidden, weight and bias.
 
@@ -105,12 +184,17 @@ def linear_cross_entropy(
         bias: (V,) or None, in hidden's dtype.
         ignore_index: the label of rows that count for nothing.
         reduction: "mean" over the labels that count (nan if there are none, as eager), "sum", or "none".
+        logit_scale: what the logits are multiplied by, bias included.
+        softcap: the bound c of logits that become c * tanh(logits / c), after logit_scale; None for no bound.
+        label_smoothing: the share of each label that is spread evenly over the vocabulary, as for `cross_entropy`.
+        z_loss: the weight of logsumexp(logits)², added to the loss of each row that counts.
+        dtype: what the result is rounded to; None for float32 (float64 for float64 inputs).
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or labels' shape for "none".
+        In `dtype`: a scalar, or labels' shape for "none".
 
     Raises:
-        ValueError: an unknown reduction, or shapes that do not fit each other.
+        ValueError: an unknown reduction, an option out of its range, or shapes that do not fit each other.
         RuntimeError: dtypes that differ from hidden's, or labels that are not int64.
         IndexError: a label out of range (on a GPU a device-side assertion).
     """
@@ -118,6 +202,14 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: reduction is {reduction!r}; it must be one of {', '.join(_REDUCTIONS)}"
         )
+    for name, value, fits, range_of_values in (
+        ("logit_scale", logit_scale, 0 < logit_scale < math.inf, "positive and finite"),
+        ("softcap", softcap, softcap is None or 0 < softcap < math.inf, "None, or positive and finite"),
+        ("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "between 0 and 1"),
+        ("z_loss", z_loss, 0 <= z_loss < math.inf, "finite and not negative"),
+    ):
+        if not fits:
+            raise ValueError(f"linear_cross_entropy: {name} is {value}; it must be {range_of_values}")
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} "
@@ -139,22 +231,27 @@ def linear_cross_entropy(
     if labels.dtype != torch.int64:
         raise RuntimeError(f"linear_cross_entropy: labels are {labels.dtype}; they must be torch.int64")
     with_grad = torch.is_grad_enabled() and reduction != "none"
+    dtype = dtype or compute_dtype(hidden)
     loss = torch.ops.fxopt.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), ignore_index, reduction,
+        logit_scale, softcap, label_smoothing, z_loss,
         with_grad and hidden.requires_grad,
         with_grad and weight.requires_grad,
         with_grad and bias is not None and bias.requires_grad,
-    )[0]  # fmt: skip
+    )[0].to(dtype)  # fmt: skip
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
 def _loss_and_grads(
-    softmax_rows: SoftmaxRows, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
-    reduction: str, row_scales: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool,
+    softmax_rows: SoftmaxRows, row_scales: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    labels: Tensor, ignore_index: int, reduction: str, logit_scale: float, softcap: float | None,
+    label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loop over chunks, which all devices share. Gradients that are not wanted come back empty."""
+    options = _Options(logit_scale, softcap, label_smoothing, z_loss)
     dtype = compute_dtype(hidden)
     num_rows, vocabulary = hidden.shape[0], weight.shape[0]
+    labels = labels.contiguous()
     kept = labels != ignore_index
     kept_rows = kept.nonzero().squeeze(1)
     num_kept = kept_rows.numel()
@@ -162,7 +259,7 @@ def _loss_and_grads(
     want_grads = want_hidden or want_weight or want_bias
     scales: Tensor | None = None
     if want_grads and row_scales is not None:
-        scales = row_scales.to(dtype)
+        scales = row_scales.to(dtype).contiguous()  # the gradient of a sum has stride 0
     elif want_grads:
         scales = hidden.new_full((num_rows,), 1 / max(num_kept, 1) if reduction == "mean" else 1.0, dtype=dtype)
     if not all_kept:
@@ -188,7 +285,7 @@ def _loss_and_grads(
             torch.mm(h, weight.t(), out=logits)
         else:
             torch.addmm(bias, h, weight.t(), out=logits)
-        softmax_rows(logits, labels[chunk], None if scales is None else scales[chunk], losses[chunk])
+        softmax_rows(logits, labels[chunk], None if scales is None else scales[chunk], losses[chunk], options)
         if want_hidden:
             torch.mm(logits, weight, out=dhidden[chunk])
         if want_weight and summed:
@@ -241,95 +338,114 @@ def _check_labels(labels: Tensor, vocabulary: int) -> None:
         raise IndexError(f"Target {labels[out_of_range][0]} is out of bounds.")
 
 
-def _softmax_rows(logits: Tensor, labels: Tensor, scales: Tensor | None, losses: Tensor) -> None:
+def _softmax_rows(logits: Tensor, labels: Tensor, scales: Tensor | None, losses: Tensor, options: _Options) -> None:
     """SoftmaxRows in ATen calls, a few rows at a time so that the float32 copy stays in the cache.
 
     `torch.logsumexp` would be one call, and twenty times slower on the CPU.
     """
-    num_rows = logits.shape[0]
-    step = max(1, _SOFTMAX_BYTES // (4 * logits.shape[1]))
-    scratch = logits.new_empty(min(step, num_rows), logits.shape[1], dtype=compute_dtype(logits))
+    num_rows, vocabulary = logits.shape
+    logit_scale, softcap, smoothing, z_loss = options
+    factor = logit_scale if softcap is None else softcap
+    keep_tanh = softcap is not None and scales is not None
+    step = max(1, _SOFTMAX_BYTES // (4 * vocabulary * (2 if keep_tanh else 1)))
+    scratch = logits.new_empty(min(step, num_rows), vocabulary, dtype=compute_dtype(logits))
+    tanh_scratch = torch.empty_like(scratch) if keep_tanh else scratch
     for start in range(0, num_rows, step):
         block = slice(start, min(start + step, num_rows))
         label = labels[block].unsqueeze(1)
         z = scratch[: block.stop - block.start].copy_(logits[block])
-        label_logit = z.gather(1, label)
+        if softcap is not None:
+            z = z.div_(softcap) if logit_scale == 1.0 else z.mul_(logit_scale).div_(softcap)
+            tanh = torch.tanh(z, out=tanh_scratch[: z.shape[0]])
+            if keep_tanh:
+                z.copy_(tanh)
+        # The factor multiplies differences of logits, which are exact.
         maximum = z.amax(1, keepdim=True)
-        total = z.sub_(maximum).exp_().sum(1, keepdim=True)
-        losses[block] = (total.log() - (label_logit - maximum)).squeeze(1)  # in this order, as the difference is exact
+        target_z = (z.gather(1, label) - maximum) * factor
+        z.sub_(maximum)
+        if factor != 1.0:
+            z.mul_(factor)
+        if smoothing:
+            target_z = (1 - smoothing) * target_z + smoothing * z.mean(1, keepdim=True)
+        total = z.exp_().sum(1, keepdim=True)
+        log_total = total.log()
+        loss = log_total - target_z
+        if z_loss:
+            logsumexp = log_total + maximum * factor
+            loss += z_loss * logsumexp.square()
+        losses[block] = loss.squeeze(1)
         if scales is not None:
-            scale = scales[block].unsqueeze(1)
-            logits[block] = z.mul_(scale / total).scatter_add_(1, label, -scale)
+            scale = scales[block].unsqueeze(1) * logit_scale
+            z.mul_(scale / total if not z_loss else scale / total * (1 + 2 * z_loss * logsumexp))
+            if smoothing:
+                z.sub_(scale * (smoothing / vocabulary))
+            z.scatter_add_(1, label, scale * (smoothing - 1))
+            if softcap is not None:
+                torch.ops.aten.tanh_backward.grad_input(z, tanh, grad_input=z)
+            logits[block] = z
 
 
-def _softmax_rows_triton(logits: Tensor, labels: Tensor, scales: Tensor | None, losses: Tensor) -> None:
+def _softmax_rows_triton(
+    logits: Tensor, labels: Tensor, scales: Tensor | None, losses: Tensor, options: _Options
+) -> None:
     with on_device(logits):
         _softmax_rows_kernel[(logits.shape[0],)](
             logits, labels, scales if scales is not None else losses, losses, logits.shape[1],
             HAS_SCALES=scales is not None, BLOCK=BLOCK, DTYPE=triton_dtype(logits), num_warps=8,
+            **{name.upper(): value for name, value in options._asdict().items()},
         )  # fmt: skip
 
 
-@torch.library.custom_op("fxopt::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str,
-    want_hidden: bool, want_weight: bool, want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _loss_and_grads(
-        _softmax_rows, hidden, weight, bias, labels, ignore_index, reduction, None, want_hidden, want_weight, want_bias
-    )
+_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, str reduction, "
+    "float logit_scale, float? softcap, float label_smoothing, float z_loss, "
+    "bool want_hidden, bool want_weight, bool want_bias"
+)
+
+
+@torch.library.custom_op(
+    "fxopt::linear_cross_entropy", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _linear_cross_entropy(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _loss_and_grads(_softmax_rows, None, *args)
 
 
 @_linear_cross_entropy.register_kernel(TRITON_DEVICES)
-def _linear_cross_entropy_triton(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str,
-    want_hidden: bool, want_weight: bool, want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _loss_and_grads(
-        _softmax_rows_triton, hidden, weight, bias, labels, ignore_index, reduction, None,
-        want_hidden, want_weight, want_bias,
-    )  # fmt: skip
+def _linear_cross_entropy_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _loss_and_grads(_softmax_rows_triton, None, *args)
 
 
 @_linear_cross_entropy.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str,
-    want_hidden: bool, want_weight: bool, want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        hidden.new_empty(labels.shape if reduction == "none" else (), dtype=compute_dtype(hidden)),
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
-        weight.new_empty(weight.shape[0] if want_bias else 0),
-    )
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=compute_dtype(hidden))
+    return loss, *_fake_grads(hidden, weight, *rest[-3:])
 
 
-@torch.library.custom_op("fxopt::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward(
-    dlosses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
-    want_hidden: bool, want_weight: bool, want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _loss_and_grads(
-        _softmax_rows, hidden, weight, bias, labels, ignore_index, "none", dlosses, want_hidden, want_weight, want_bias
-    )[1:]
+# With reduction "none" the backward computes the gradients, from the gradients of the rows' losses.
+@torch.library.custom_op(
+    "fxopt::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema=f"(Tensor dlosses, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+)
+def _linear_cross_entropy_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _loss_and_grads(_softmax_rows, *args)[1:]
 
 
 @_linear_cross_entropy_backward.register_kernel(TRITON_DEVICES)
-def _linear_cross_entropy_backward_triton(
-    dlosses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
-    want_hidden: bool, want_weight: bool, want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _loss_and_grads(
-        _softmax_rows_triton, hidden, weight, bias, labels, ignore_index, "none", dlosses,
-        want_hidden, want_weight, want_bias,
-    )[1:]  # fmt: skip
+def _linear_cross_entropy_backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _loss_and_grads(_softmax_rows_triton, *args)[1:]
 
 
 @_linear_cross_entropy_backward.register_fake
-def _(
-    dlosses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
-    want_hidden: bool, want_weight: bool, want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(dlosses: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_grads(hidden, weight, *rest[-3:])
+
+
+def _fake_grads(
+    hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(hidden.shape if want_hidden else 0),
         weight.new_empty(weight.shape if want_weight else 0),
@@ -338,11 +454,12 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, ctx.ignore_index, ctx.reduction, *_ = inputs
+    tensors, ctx.options = inputs[:4], inputs[4:-3]  # ignore_index, reduction, and what is in _Options
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.reduction = inputs[5]
     if ctx.reduction == "none":
-        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.save_for_backward(*tensors)
     else:
         ctx.save_for_backward(*output[1:])
 
@@ -354,14 +471,11 @@ def _backward(ctx, dloss: Tensor | None, *_: None):
             "use torch.nn.functional.cross_entropy on the logits there"
         )
     wanted = ctx.needs_input_grad[:3]
-    nothing_else = [None] * 6  # labels, ignore_index, reduction and the three flags have no gradient
+    nothing_else = [None] * (1 + len(ctx.options) + 3)  # labels, options and the three flags have no gradient
     if dloss is None:
         return None, None, None, *nothing_else
     if ctx.reduction == "none":
-        hidden, weight, bias, labels = ctx.saved_tensors
-        grads = torch.ops.fxopt.linear_cross_entropy_backward(
-            dloss, hidden, weight, bias, labels, ctx.ignore_index, *wanted
-        )
+        grads = torch.ops.fxopt.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, *wanted)
     else:
         # Scaling in place spares a copy of the weight's gradient; not if the graph may be walked again or is traced.
         in_place = type(dloss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()

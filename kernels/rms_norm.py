@@ -35,26 +35,30 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 @triton.jit
 def _rms_norm_fwd_kernel(
     x_ptr, weight_ptr, y_ptr, num_rows, x_stride,
-    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (rows < num_rows) & (cols < D)
 
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(DTYPE)
-    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
-    tl.store(y_ptr + rows * D + cols, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
+    tl.store(y_ptr + rows * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _rms_norm_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, num_rows, dy_stride, x_stride,
-    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
-    dweight = tl.zeros([ROWS, BLOCK], dtype=DTYPE)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(DTYPE)
+        dweight = tl.zeros([ROWS, BLOCK], dtype=DTYPE)
 
     # A program takes every num_programs-th tile and writes one row of partial sums: no atomics, the same sum each run.
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
@@ -65,12 +69,15 @@ def _rms_norm_bwd_kernel(
 
         rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
         x_hat = x * rstd
-        dx_hat = dy * weight
+        dx_hat = dy
+        if HAS_WEIGHT:
+            dx_hat = dy * weight
+            dweight += dy * x_hat
         dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1, keep_dims=True) / D))
-        dweight += dy * x_hat
         tl.store(dx_ptr + rows * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-    tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -78,7 +85,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     Args:
         x: (..., D), any floating dtype and any strides.
-        weight: (D,), any floating dtype; its gradient has this dtype. None: all ones.
+        weight: (D,), any floating dtype; its gradient has this dtype. None: no factor.
         eps: added to the mean square.
 
     Returns:
@@ -89,9 +96,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
-    if weight is None:
-        weight = x.new_ones(x.shape[-1:])
-    if weight.shape != x.shape[-1:]:
+    if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(
             f"rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) as x's last dimension"
         )
@@ -99,71 +104,80 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 @torch.library.custom_op("fxopt::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x_rows, y = as_rows(x), x.new_empty(x.shape)
-    y_rows = as_rows(y)
-    weight = weight.to(compute_dtype(x))
+    y_rows, dtype = as_rows(y), compute_dtype(x)
+    weight = None if weight is None else weight.to(dtype)
     for block in row_blocks(x_rows):
-        h = x_rows[block].to(weight.dtype, copy=True)
-        y_rows[block] = h.mul_(_reciprocal_rms(h, eps)).mul_(weight)
+        h = x_rows[block].to(dtype, copy=True)
+        h.mul_(_reciprocal_rms(h, eps))
+        y_rows[block] = h if weight is None else h.mul_(weight)
     return y
 
 
 @_rms_norm.register_kernel(TRITON_DEVICES)
-def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm_triton(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x_rows, y = as_rows(x), x.new_empty(x.shape)
     num_rows, D = x_rows.shape
     tile = row_tile(D)
     if num_rows:
         with on_device(x):
             _rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, weight.contiguous(), y, num_rows, x_rows.stride(0), EPS=eps, D=D, DTYPE=triton_dtype(x), **tile
-            )
+                x_rows, weight if weight is None else weight.contiguous(), y, num_rows, x_rows.stride(0),
+                HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+            )  # fmt: skip
     return y
 
 
 @_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("fxopt::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
     dx_rows = as_rows(dx)
-    dtype, D = compute_dtype(x), weight.shape[0]
-    weight_, dweight = weight.to(dtype), weight.new_zeros(D, dtype=dtype)
+    dtype, D = compute_dtype(x), x.shape[-1]
+    weight_ = None if weight is None else weight.to(dtype)
+    dweight = x.new_zeros(0 if weight is None else D, dtype=dtype)
     for block in row_blocks(x_rows):
         x_hat = x_rows[block].to(dtype, copy=True)
         rstd = _reciprocal_rms(x_hat, eps)
         x_hat.mul_(rstd)
         d = dy_rows[block].to(dtype, copy=True)
         product = d * x_hat
-        dweight += product.sum(0)
-        correction = (product @ weight_).div_(-D).unsqueeze(-1)
-        dx_rows[block] = d.mul_(weight_).addcmul_(x_hat, correction).mul_(rstd)
-    return dx, dweight.to(weight.dtype)
+        if weight_ is None:
+            correction = product.sum(-1, keepdim=True)
+        else:
+            dweight += product.sum(0)
+            correction = (product @ weight_).unsqueeze(-1)
+            d.mul_(weight_)
+        dx_rows[block] = d.addcmul_(x_hat, correction.div_(-D)).mul_(rstd)
+    return dx, dweight.to(x.dtype if weight is None else weight.dtype)
 
 
 @_rms_norm_backward.register_kernel(TRITON_DEVICES)
-def _rms_norm_backward_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_backward_triton(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
     num_rows, D = x_rows.shape
     tile = row_tile(D)
     num_programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
-    dweight = x.new_empty(num_programs, D, dtype=compute_dtype(x))
+    dweight = x.new_empty(num_programs if weight is not None else 0, D, dtype=compute_dtype(x))
     if num_rows:
         with on_device(x):
             _rms_norm_bwd_kernel[(num_programs,)](
-                dy_rows, x_rows, weight.contiguous(), dx, dweight, num_rows, dy_rows.stride(0), x_rows.stride(0),
-                EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+                dy_rows, x_rows, weight if weight is None else weight.contiguous(), dx, dweight,
+                num_rows, dy_rows.stride(0), x_rows.stride(0),
+                HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
             )  # fmt: skip
-    return dx, dweight.sum(0).to(weight.dtype)
+    return dx, x.new_empty(0) if weight is None else dweight.sum(0).to(weight.dtype)
 
 
 @_rms_norm_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    # No elements where there is no weight, since an op cannot return None.
+    return x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -179,7 +193,7 @@ def _recompute(ctx) -> Tensor:
 
 def _backward(ctx, dy: Tensor):
     dx, dweight = torch.ops.fxopt.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps)
-    return dx, dweight, None
+    return dx, dweight if ctx.needs_input_grad[1] else None, None
 
 
 _rms_norm.register_autograd(_backward, setup_context=_setup_context)

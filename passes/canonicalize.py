@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.rewrite.graph import is_mode_switch, is_mutating, is_random, tensor_of
+from fxopt.rewrite.graph import is_mode_switch, is_mutating, is_random, storages_of, storages_written, tensor_of
 from fxopt.rewrite.pipeline import simple_pass
 from fxopt.rewrite.spelling import spell_out
 
@@ -52,16 +52,18 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 def merge_equal_nodes(graph: fx.Graph) -> None:
     """Compute once what is computed twice from the same inputs, under the same autograd, autocast and vmap state."""
     seen: dict[Any, fx.Node] = {}
-    written: set[fx.Node] = {node.all_input_nodes[0] for node in graph.nodes if is_mutating(node)}
-    if written:
-        return  # which views share memory with what is written is not worth finding out
+    written = storages_written(graph).keys()
     mode = 0
     for node in list(graph.nodes):
         if is_mode_switch(node):
             mode += 1
             continue
-        if node.op not in ("call_function", "call_method") or node.is_impure() or is_random(node):
+        if node.op not in ("call_function", "call_method"):
             continue
+        if node.is_impure() or is_random(node) or is_mutating(node):
+            continue
+        if any(storages_of(part) & written for part in (node, *node.all_input_nodes)):
+            continue  # what is written to may be another thing the second time
         key = (mode, node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
         if key in seen:
             node.replace_all_uses_with(seen[key])

@@ -15,6 +15,38 @@ from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
 
+class SliceBeforeLinear(Rule):
+    """linear(hidden, weight)[..., rows, :]: the rows that are wanted, alone
+
+    Source: the shift of the logits, in models that shift logits and labels themselves.
+    """
+
+    op = "linear"
+    tells_near_misses = False
+
+    @staticmethod
+    def pattern(hidden: Any, weight: Any, bias: Any, rows: Any) -> Any:
+        return F.linear(hidden, weight, bias)[..., rows, :]
+
+    @staticmethod
+    def check(hidden: fx.Node, rows: Any) -> None:
+        require(len(shape_of(hidden)) > 1, "there is one row")
+        ends = (rows.start, rows.stop, rows.step) if isinstance(rows, slice) else (rows,)
+        require(isinstance(rows, slice) and not any(isinstance(end, fx.Node) for end in ends), "the rows vary")
+
+    @staticmethod
+    def rewrite(hidden: Any, weight: Any, bias: Any, rows: Any) -> Any:
+        return F.linear(hidden[..., rows, :], weight, bias)
+
+
+class ContiguousSliceBeforeLinear(SliceBeforeLinear):
+    """linear(hidden, weight)[..., rows, :].contiguous(), which the shorter product is by itself"""
+
+    @staticmethod
+    def pattern(hidden: Any, weight: Any, bias: Any, rows: Any) -> Any:
+        return F.linear(hidden, weight, bias)[..., rows, :].contiguous()
+
+
 class FuseLinearCrossEntropy(Rule):
     """cross_entropy(linear(hidden, weight).float().view(-1, vocabulary), labels)
 
@@ -23,10 +55,11 @@ class FuseLinearCrossEntropy(Rule):
 
     @staticmethod
     def pattern(
-        hidden: Any, weight: Any, bias: Any, labels: Any, vocabulary: Any, ignore_index: Any, reduction: Any
-    ) -> Any:
-        logits = F.linear(hidden, weight, bias).float().view(-1, vocabulary)
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+        hidden: Any, weight: Any, bias: Any, labels: Any,
+        dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        logits = F.linear(hidden, weight, bias)
+        return loss_of(logits, labels, dtype, vocabulary, ignore_index, reduction, label_smoothing)
 
     @staticmethod
     def check(hidden: fx.Node, weight: fx.Node, labels: fx.Node, vocabulary: int) -> None:
@@ -47,9 +80,110 @@ class FuseLinearCrossEntropy(Rule):
         return {"labels": some_ignored}
 
     @staticmethod
-    def rewrite(hidden: Any, weight: Any, bias: Any, labels: Any, ignore_index: Any, reduction: Any) -> Any:
-        rows = hidden.flatten(0, -2)
-        return linear_cross_entropy(rows, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction)
+    def rewrite(
+        hidden: Any, weight: Any, bias: Any, labels: Any,
+        dtype: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, dtype=dtype, **options)
 
 
-FUSE_LINEAR_CROSS_ENTROPY = rules_pass("fuse_linear_cross_entropy", FuseLinearCrossEntropy)
+def loss_of(
+    logits: Any, labels: Any, dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
+) -> Any:
+    """The loss as every model writes it: cross_entropy(logits.float().view(-1, vocabulary), labels)."""
+    rows = logits.to(dtype).view(-1, vocabulary)
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    return F.cross_entropy(rows, labels, **options)
+
+
+class FuseScaledLinearCrossEntropy(FuseLinearCrossEntropy):
+    """The same with logits * scale
+
+    Source: transformers CohereForCausalLM.forward.
+    """
+
+    @staticmethod
+    def pattern(
+        hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any, wide: Any,
+        dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        logits = F.linear(hidden, weight, bias).to(wide) * scale
+        return loss_of(logits, labels, dtype, vocabulary, ignore_index, reduction, label_smoothing)
+
+    @staticmethod
+    def check(hidden: fx.Node, weight: fx.Node, labels: fx.Node, vocabulary: int, scale: Any) -> None:
+        FuseLinearCrossEntropy.check(hidden, weight, labels, vocabulary)
+        require(isinstance(scale, int | float), "the scale of the logits is not a number")
+        require(scale > 0, f"the scale of the logits is {scale}")
+
+    @staticmethod
+    def rewrite(
+        hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any,
+        dtype: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return linear_cross_entropy(
+            hidden.flatten(0, -2), weight, labels, bias=bias, dtype=dtype, logit_scale=scale, **options
+        )
+
+
+class FuseDividedLinearCrossEntropy(FuseScaledLinearCrossEntropy):
+    """The same with logits / scale
+
+    Source: transformers GraniteForCausalLM.forward.
+    """
+
+    @staticmethod
+    def pattern(
+        hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any, wide: Any,
+        dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        logits = F.linear(hidden, weight, bias).to(wide) / scale
+        return loss_of(logits, labels, dtype, vocabulary, ignore_index, reduction, label_smoothing)
+
+    @staticmethod
+    def rewrite(
+        hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any,
+        dtype: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return linear_cross_entropy(
+            hidden.flatten(0, -2), weight, labels, bias=bias, dtype=dtype, logit_scale=1 / scale, **options
+        )
+
+
+class FuseSoftcappedLinearCrossEntropy(FuseScaledLinearCrossEntropy):
+    """The same with tanh(logits / scale) * scale
+
+    Source: transformers Gemma2ForCausalLM.forward.
+    """
+
+    @staticmethod
+    def pattern(
+        hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any, wide: Any,
+        dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        logits = torch.tanh(F.linear(hidden, weight, bias).to(wide) / scale) * scale
+        return loss_of(logits, labels, dtype, vocabulary, ignore_index, reduction, label_smoothing)
+
+    @staticmethod
+    def rewrite(
+        hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any,
+        dtype: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return linear_cross_entropy(
+            hidden.flatten(0, -2), weight, labels, bias=bias, dtype=dtype, softcap=scale, **options
+        )
+
+
+FUSE_LINEAR_CROSS_ENTROPY = rules_pass(
+    "fuse_linear_cross_entropy",
+    SliceBeforeLinear,
+    ContiguousSliceBeforeLinear,
+    FuseLinearCrossEntropy,
+    FuseScaledLinearCrossEntropy,
+    FuseDividedLinearCrossEntropy,
+    FuseSoftcappedLinearCrossEntropy,
+)

@@ -14,28 +14,132 @@ from fxopt.rewrite.pipeline import rules_pass
 
 
 class FuseRoPE(Rule):
-    """x * cos + rotate_half(x) * sin, queries and keys one by one
+    """x * cos + rotate_half(x) * sin, queries and keys one by one; in float32 where the tables or the casts say so
 
-    Source: transformers.models.llama.modeling_llama.apply_rotary_pos_emb.
+    Source: transformers.models.llama.modeling_llama.apply_rotary_pos_emb; with casts, that of olmo2 and modernbert.
     """
 
     @staticmethod
-    def pattern(x: Any, cos: Any, sin: Any, half: Any) -> Any:
-        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return (x * cos) + (rotated * sin)
+    def pattern(x: Any, cos: Any, sin: Any, half: Any, wide: Any, before: Any, after: Any, dtype: Any) -> Any:
+        h = x.to(before)
+        rotated = torch.cat((-h[..., half:], h[..., :half]), dim=-1).to(after)
+        return (x.to(wide) * cos + rotated * sin).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, cos: fx.Node, sin: fx.Node, half: int) -> None:
-        width = shape_of(x)[-1]
-        require(len(shape_of(x)) == 4, f"the input has {len(shape_of(x))} axes, not 4")
-        require(2 * half == width, f"the rotation splits {width} at {half}, not in halves")
-        for name, table in (("cos", cos), ("sin", sin)):
-            require(dtype_of(table) == dtype_of(x), f"{name} is {dtype_of(table)}, the input is {dtype_of(x)}")
-            require(shape_of(table)[-1:] == (width,), f"{name} does not cover the last axis")
+    def check(x: fx.Node, cos: fx.Node, sin: fx.Node, half: int, dtype: torch.dtype) -> None:
+        check_rotation(x, cos, sin, dtype)
+        require(2 * half == shape_of(x)[-1], f"the rotation splits {shape_of(x)[-1]} at {half}, not in halves")
 
     @staticmethod
     def rewrite(x: Any, cos: Any, sin: Any) -> Any:
         return rope(x, cos, sin)
 
 
-FUSE_ROPE = rules_pass("fuse_rope", FuseRoPE)
+def check_rotation(x: fx.Node, cos: fx.Node, sin: fx.Node, dtype: torch.dtype) -> None:
+    """What all rotations need: four axes, the input's dtype as the result's, and tables that cover the last axis."""
+    width = shape_of(x)[-1]
+    require(len(shape_of(x)) == 4, f"the input has {len(shape_of(x))} axes, not 4")
+    require(dtype_of(x) == dtype, f"the result is {dtype}, the input is {dtype_of(x)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        require(shape_of(table)[-1:] in ((width,), (width // 2,)), f"{name} does not cover the last axis")
+
+
+class FuseNegativeRoPE(FuseRoPE):
+    """x * cos - rotate_half(x) * sin: the same rotation the other way round
+
+    Source: transformers.models.nanochat.modeling_nanochat.rotate_half.
+    """
+
+    @staticmethod
+    def pattern(x: Any, cos: Any, sin: Any, half: Any, wide: Any, before: Any, after: Any, dtype: Any) -> Any:
+        h = x.to(before)
+        rotated = torch.cat((h[..., half:], -h[..., :half]), dim=-1).to(after)
+        return (x.to(wide) * cos + rotated * sin).to(dtype)
+
+    @staticmethod
+    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
+        return rope(x, cos, -sin)
+
+
+class FusePairsRoPE(Rule):
+    """x * cos + rotate(x) * sin, where neighbours rotate with each other
+
+    Source: transformers.models.gptj.modeling_gptj.rotate_every_two; with casts, apply_rotary_pos_emb of cohere.
+    """
+
+    @staticmethod
+    def pattern(x: Any, cos: Any, sin: Any, wide: Any, before: Any, after: Any, dtype: Any) -> Any:
+        h = x.to(before)
+        rotated = torch.stack((-h[..., 1::2], h[..., ::2]), dim=-1).flatten(-2).to(after)
+        return (x.to(wide) * cos + rotated * sin).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, cos: fx.Node, sin: fx.Node, dtype: torch.dtype) -> None:
+        check_rotation(x, cos, sin, dtype)
+
+    @staticmethod
+    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
+        return rope(x, cos, sin, layout="pairs")
+
+
+class FuseHalvesRoPE(FusePairsRoPE):
+    """The two halves of the result one by one, from tables of half the width
+
+    Source: transformers.models.gpt_oss.modeling_gpt_oss._apply_rotary_emb.
+    """
+
+    @staticmethod
+    def pattern(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        first, second = torch.chunk(x, 2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
+
+    @staticmethod
+    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
+        return rope(x, cos, sin)
+
+
+class FusePairsToHalvesRoPE(FusePairsRoPE):
+    """Neighbours rotate with each other, and go to the two halves of the result
+
+    Source: transformers.models.deepseek_v3.modeling_deepseek_v3.apply_rotary_pos_emb_interleave.
+    """
+
+    @staticmethod
+    def pattern(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        first, second = x[..., ::2], x[..., 1::2]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
+
+    @staticmethod
+    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
+        return rope(x, cos, sin, layout="pairs_to_halves")
+
+
+class FuseComplexRoPE(Rule):
+    """The product of neighbours as a complex number with e^(i * angle)
+
+    Source: transformers.models.llama4.modeling_llama4.apply_rotary_emb.
+    """
+
+    @staticmethod
+    def pattern(x: Any, rotation: Any, wide: Any, pairs: Any, batch: Any, length: Any, heads: Any, dtype: Any) -> Any:
+        numbers = torch.view_as_complex(x.to(wide).reshape((batch, length, heads, pairs, 2)))
+        return torch.view_as_real(numbers * rotation).flatten(3).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, rotation: fx.Node, dtype: torch.dtype) -> None:
+        check_rotation(x, rotation, rotation, dtype)
+
+    @staticmethod
+    def rewrite(x: Any, rotation: Any) -> Any:
+        return rope(x, torch.real(rotation), torch.imag(rotation), layout="pairs")
+
+
+FUSE_ROPE = rules_pass(
+    "fuse_rope",
+    FuseRoPE,
+    FuseNegativeRoPE,
+    FusePairsRoPE,
+    FuseHalvesRoPE,
+    FusePairsToHalvesRoPE,
+    FuseComplexRoPE,
+)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fxopt.passes.canonicalize import CANONICALIZE
 from fxopt.passes.cleanup import CLEANUP
-from fxopt.passes.fuse_add_rms_norm import FUSE_ADD_RMS_NORM
+from fxopt.passes.fuse_add_norm import FUSE_ADD_NORM
 from fxopt.passes.fuse_glu import FUSE_GLU
+from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM
 from fxopt.passes.fuse_linear_cross_entropy import FUSE_LINEAR_CROSS_ENTROPY
 from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM
 from fxopt.passes.fuse_rope import FUSE_ROPE
@@ -20,10 +21,11 @@ EXACT = Pipeline(
         CANONICALIZE,  # first: everything after it expects one spelling for each operation
         SEPARATE_LOGITS,  # before the loss is fused: the loss must be the only reader of its logits
         REMOVE_CASTS,  # before the fusions, whose patterns are written without redundant casts
+        FUSE_LAYER_NORM,  # before the next, which would find the norm of the centered rows in it
         FUSE_RMS_NORM,
-        FUSE_ADD_RMS_NORM,  # after the norms, which it reads
+        FUSE_ROPE,  # before the next, which would take the sum in it for a residual one
+        FUSE_ADD_NORM,  # after the norms, which it reads
         FUSE_GLU,
-        FUSE_ROPE,
         FUSE_LINEAR_CROSS_ENTROPY,
         RESTORE_CAUSAL_ATTENTION,  # before the clean-up, which then drops the mask that nobody reads
         SHARE_KEY_VALUE_HEADS,  # after the masks are gone

@@ -29,10 +29,12 @@ def remove_casts(graph: fx.Graph) -> None:
         if node.target is not cast:
             continue
         source, dtype = node.args
-        if isinstance(source, fx.Node) and source.target is cast and _widens(source.args[0], source):
-            # x → wider → dtype: the detour loses nothing, so `dtype` can be reached from x directly.
-            node.args = (source.args[0], dtype)
-            source = source.args[0]
+        if dtype_of(source) != dtype and isinstance(source, fx.Node) and source.target is cast:
+            origin = source.args[0]
+            if _widens(origin, source):
+                # origin → wider → dtype: the detour loses nothing, so `dtype` can be reached from origin directly.
+                node.args = (origin, dtype)
+                source = origin
         if dtype_of(source) == dtype:
             node.replace_all_uses_with(source)
             graph.erase_node(node)

@@ -52,7 +52,7 @@ def restore_causal_attention(graph: fx.Graph, prover: Prover | None) -> Outcome:
             reasons[mask] = _not_causal(mask) if same_length else "queries and keys differ in number"
         if reasons[mask]:
             name = "restore_causal_attention"
-            outcome.near_misses.append(NearMiss(name, node.name, source_line(node), reasons[mask], anchor=node))
+            outcome.near_misses.append(NearMiss(name, node.name, source_line(node), reasons[mask], (node,)))
             continue
         node.args, node.kwargs = (), {**arguments, "attn_mask": None, "is_causal": True}
         change = Change("restore_causal_attention", "causal_attention", 1, source_line(node), module_path(node), None)

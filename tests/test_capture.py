@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaModel
 
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
-from benchmarks.training_errors import gradients
 from tests.tiny_models import LLAMA_HITS, tiny_batch, tiny_llama, tiny_model
-from tests.training import assert_trains_alike
+from tests.training import assert_trains_alike, gradients
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])

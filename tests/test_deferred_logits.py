@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fxopt
-from benchmarks.training_errors import gradients
 from tests.tiny_models import tiny_batch, tiny_llama
+from tests.training import gradients
 
 
 def test_logits_are_computed_when_touched_with_their_gradient():

@@ -29,6 +29,7 @@ FLOORS = {
     "fxopt.training_call": 3,
     "fxopt.capture": 3,
     "fxopt.verification": 3,
+    "fxopt.float64": 0,
     "fxopt.inspection": 4,
     "fxopt.api": 5,
     "fxopt.cli": 6,

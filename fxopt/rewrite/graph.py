@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 MUTATING_OPERATORS = frozenset(
     getattr(operator, name)
@@ -81,16 +82,22 @@ def is_mode_switch(node: fx.Node) -> bool:
     )
 
 
-def storages_written(graph: fx.Graph) -> frozenset[int]:
-    """The storages that some node of `graph` writes to, by identity."""
-    targets = (node.all_input_nodes[0] for node in graph.nodes if is_mutating(node) and node.all_input_nodes)
-    return frozenset(storage for target in targets if (storage := storage_of(target)) is not None)
+def storages_written(graph: fx.Graph) -> dict[int, fx.Node]:
+    """The storages that some node of `graph` writes to, by identity, and the last node that does."""
+    writers = (node for node in graph.nodes if is_mutating(node) and node.all_input_nodes)
+    return {storage: node for node in writers for storage in storages_of(node.all_input_nodes[0])}
 
 
-def storage_of(node: Any) -> int | None:
-    """The identity of the storage that a node's fake value lies in; views share it."""
-    value = tensor_of(node)
-    return value.untyped_storage()._cdata if value is not None else None
+def storages_of(node: Any) -> frozenset[int]:
+    """The identities of the storages that a node's fake values lie in; views share them."""
+    values = (value for value in tree_leaves(value_of(node)) if isinstance(value, torch.Tensor))
+    return frozenset(_outside_vmap(value).untyped_storage()._cdata for value in values)
+
+
+def _outside_vmap(value: torch.Tensor) -> torch.Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def is_random(node: fx.Node) -> bool:

@@ -29,13 +29,14 @@ from fxopt.rewrite.graph import (
     is_mode_switch,
     nodes_to_move_up,
     source_line,
-    storage_of,
+    storages_of,
     storages_written,
 )
 from fxopt.rewrite.spelling import arguments_of, spell_out
 from fxopt.rewrite.trace import as_tuple, ops_called_by, trace
 
 COMMUTATIVE = frozenset({operator.add, operator.mul})
+NEARLY = 0.6  # of a pattern's nodes: from there on a mismatch is worth a word
 
 
 class Declined(Exception):
@@ -69,6 +70,7 @@ class Rule:
     rewrite: ClassVar[Callable[..., Any]]
 
     op: ClassVar[str] = ""
+    tells_near_misses: ClassVar[bool] = True  # False for a rule that only prepares for others
     check: ClassVar[Callable[..., None]] = staticmethod(lambda: None)
     examples: ClassVar[Callable[..., dict[str, Callable[..., torch.Tensor]]]] = staticmethod(lambda: {})
 
@@ -112,13 +114,14 @@ class Match:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A place where a rule matched more than half of its pattern, and why not all of it."""
+    """A place where a rule matched most of its pattern, and why not all of it."""
 
     rule: str
     node: str
     source: str
     reason: str
-    anchor: fx.Node = field(repr=False, compare=False)
+    nodes: tuple[fx.Node, ...] = field(repr=False, compare=False)  # that matched; the first is where the search began
+    share: float = 1.0  # of the pattern that matched; all of it where the rule's `check` declined
 
 
 class _Pattern:
@@ -162,12 +165,12 @@ class _Comparison:
     """Compares one pattern with the graph at one node, and remembers the deepest mismatch."""
 
     def __init__(self) -> None:
-        self.depth = -1
+        self.nodes: tuple[fx.Node, ...] = ()  # of the graph, that matched until there
         self.reason = ""
 
     def fail(self, state: _State, reason: str) -> None:
-        if len(state.nodes) > self.depth:
-            self.depth, self.reason = len(state.nodes), reason
+        if not self.reason or len(state.nodes) > len(self.nodes):
+            self.nodes, self.reason = tuple(state.nodes.values()), reason
 
     def compare(self, pattern: Any, value: Any, state: _State) -> Iterator[_State]:
         """Every way to go on from `state` such that `pattern` matches `value`."""
@@ -267,10 +270,10 @@ def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[N
                 break
             comparison.fail(state, reason)
         else:
-            if 2 * comparison.depth > pattern.num_nodes:
-                near_misses.append(
-                    NearMiss(rule.__name__, node.name, source_line(node), comparison.reason, anchor=node)
-                )
+            share = len(comparison.nodes) / pattern.num_nodes
+            if share > NEARLY and rule.tells_near_misses:
+                reason, nodes = comparison.reason, (node, *comparison.nodes)
+                near_misses.append(NearMiss(rule.__name__, node.name, source_line(node), reason, nodes, share))
     return matches, near_misses
 
 
@@ -287,7 +290,7 @@ def _match_of(rule: type[Rule], pattern: _Pattern, state: _State, order: dict[fx
     return Match(rule, {name: state.names.get(name) for name in pattern.names}, nodes, results)
 
 
-def _objection(match: Match, taken: set[fx.Node], written: frozenset[int]) -> str | None:
+def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -> str | None:
     """Why a structural match is not one after all, or None."""
     inside = set(match.nodes)
     for node in match.nodes:
@@ -301,8 +304,8 @@ def _objection(match: Match, taken: set[fx.Node], written: frozenset[int]) -> st
         if isinstance(value, fx.Node) and nodes_to_move_up(value, first_result) is None:
             return f"`{name}` is computed after `{first_result.name}`, which is needed before"
     for node in (*match.nodes, *(value for value in match.bindings.values() if isinstance(value, fx.Node))):
-        if storage_of(node) in written:
-            return f"`{node.name}` is written to in place somewhere in the graph"
+        if any(storage in written and written[storage] > match.nodes[0] for storage in storages_of(node)):
+            return f"`{node.name}` is written to in place later in the graph"
     between = match.nodes[0]
     while between is not match.anchor:
         if is_mode_switch(between):

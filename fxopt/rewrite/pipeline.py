@@ -94,6 +94,13 @@ def _apply_rules(rules: tuple[type[Rule], ...], graph: fx.Graph, prover: Prover 
     outcome = Outcome()
     for rule in rules:
         outcome.extend(_apply_rule(graph, rule, prover))
+    # One near miss for each place: of variants of a rule, the one that came closest says what is in the way.
+    nearest: dict[fx.Node, NearMiss] = {}
+    for miss in outcome.near_misses:
+        place = miss.nodes[0]
+        if place not in nearest or miss.share > nearest[place].share:
+            nearest[place] = miss
+    outcome.near_misses = list(nearest.values())
     return outcome
 
 

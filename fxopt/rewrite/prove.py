@@ -102,9 +102,10 @@ def _text(graph: fx.Graph) -> str:
 
 def _prove(rewrite: Rewrite) -> Proof:
     failures: list[str] = []
-    for cut in (True, False):
+    # With the captured sizes where the small ones do not fit each other: after a graph break some are static.
+    for small, cut in ((True, True), (True, False), (False, True)):
         try:
-            return _prove_at(rewrite, _Sizes(rewrite, cut))
+            return _prove_at(rewrite, _Sizes(rewrite, small, cut))
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
     return _failed(f"could not be run on sample inputs: {failures[-1]}")
@@ -113,7 +114,7 @@ def _prove(rewrite: Rewrite) -> Proof:
 class _Sizes:
     """Small sizes for the dynamic and the very large sizes of a rewrite's inputs, the same in both graphs."""
 
-    def __init__(self, rewrite: Rewrite, cut: bool):
+    def __init__(self, rewrite: Rewrite, small: bool, cut: bool):
         hints = {
             symbol: int(_hints(size.node.shape_env)[symbol])
             for node in rewrite.inputs.values()
@@ -121,10 +122,12 @@ class _Sizes:
             if isinstance(size, torch.SymInt)
             for symbol in size.node.expr.free_symbols
         }
-        # Symbols that were captured with one value may have to be equal, as the lengths of inputs and labels are.
-        ordered = sorted(set(hints.values()))
-        self.symbols = {s: SMALL_SIZES[ordered.index(hint) % len(SMALL_SIZES)] for s, hint in hints.items()}
         self.static: dict[int, int] = {}
+        self.symbols = hints
+        if small:
+            # Symbols that were captured with one value may have to be equal, as the lengths of inputs and labels are.
+            ordered = sorted(set(hints.values()))
+            self.symbols = {s: SMALL_SIZES[ordered.index(hint) % len(SMALL_SIZES)] for s, hint in hints.items()}
         while cut and (largest := self._size_to_cut(rewrite)):
             self.static[largest] = 32 + largest % 31
 
@@ -140,7 +143,7 @@ class _Sizes:
     def of(self, size: Any) -> int:
         if isinstance(size, torch.SymInt):
             expression: sympy.Expr = size.node.expr
-            return int(expression.subs(self.symbols))
+            return int(expression.subs({symbol: self.static.get(n, n) for symbol, n in self.symbols.items()}))
         return self.static.get(int(size), int(size))
 
     def literal(self, value: Any) -> Any:

@@ -54,6 +54,7 @@ def put_in_place(rewrite: Rewrite) -> dict[fx.Node, fx.Node]:
     for old, successor in replaced.items():
         old.replace_all_uses_with(successor)
     for node in reversed(rewrite.match.nodes):
+        node.meta["fxopt_rule"] = rewrite.match.rule.__name__  # what took its place, for who remembers the node
         graph.erase_node(node)
     return replaced
 

@@ -42,6 +42,7 @@ class Report:
     """The report of one optimized model. Print it, or read its parts.
 
     `graphs`: one `GraphRecord` per captured graph, in order of capture.
+    `graph_breaks`: where Dynamo had to break a graph in two and why, as `file.py:line: reason`, and how often.
     `fallbacks`: why a call that fxopt covers ran the original forward all the same, and how often.
     `uncovered`: why a call went to the original forward by design (no labels, a cache, …), and how often.
     `logits_computed`: how often the logits of an optimized call were read, and so computed.
@@ -50,6 +51,7 @@ class Report:
     model: str
     policy: str
     graphs: list[GraphRecord] = field(default_factory=list)
+    graph_breaks: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     uncovered: Counter[str] = field(default_factory=Counter)
     logits_computed: int = 0
@@ -67,7 +69,7 @@ class Report:
 
     @property
     def near_misses(self) -> list[NearMiss]:
-        """Where a rule matched more than half of its pattern, and nothing else took the place."""
+        """Where a rule matched most of its pattern, and nothing else took the place."""
         return [miss for graph in self._latest() for record in graph.passes for miss in record.outcome.near_misses]
 
     @property
@@ -109,6 +111,7 @@ class Report:
                 for graph in self.graphs
             ],
             "recompiles": self.recompiles,
+            "graph_breaks": dict(self.graph_breaks),
             "fallbacks": dict(self.fallbacks),
             "uncovered": dict(self.uncovered),
             "logits_computed": self.logits_computed,
@@ -126,6 +129,7 @@ class Report:
             parts.append(self._table())
         parts += _reasons("near misses (not rewritten)", self.near_misses)
         parts += _reasons("refused by the proof", self.refused)
+        parts += [Text(f"graph break at {reason}", style="dim") for reason in self.graph_breaks]
         parts += [Text(f"fell back {n}×: {reason}", style="yellow") for reason, n in self.fallbacks.items()]
         parts += [Text(f"ran the original forward {n}×: {reason}", style="dim") for reason, n in self.uncovered.items()]
         if self.logits_computed:

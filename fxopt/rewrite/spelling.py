@@ -6,7 +6,7 @@ keepdim=True)`. `spell_out` brings every node of a graph into one of them, witho
 
 * a dtype conversion is `cast(x, dtype)`, a square is `torch.square(x)`, arithmetic uses `operator`'s functions;
 * a method with a function of the same name in `torch` becomes that function;
-* sizes stand in one tuple.
+* sizes stand in one tuple, and an index names the axes that it cuts.
 
 Arguments keep their places in the graph; `arguments_of` reads them by name, whichever way they were given.
 """
@@ -50,7 +50,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 }
 
 # Methods that take their sizes one by one or as a tuple.
-SIZE_METHODS = frozenset({"view", "reshape", "expand", "permute", "repeat"})
+SIZE_METHODS = frozenset({"view", "reshape", "expand", "permute", "repeat", "tile", "flip"})
 
 
 def spell_out(graph: fx.Graph) -> None:
@@ -60,6 +60,7 @@ def spell_out(graph: fx.Graph) -> None:
             _spell_cast(node)
             _spell_function(node)
             _spell_sizes(node)
+            _spell_index(node)
             _spell_square(node)
             _spell_reciprocal_root(node)
 
@@ -149,6 +150,21 @@ def _spell_sizes(node: fx.Node) -> None:
         is_whole_shape = len(sizes) == 1 and isinstance(value_of(sizes[0]), tuple | list)  # `x.view(y.shape)`
         if sizes and not is_whole_shape:
             node.args = (x, tuple(sizes))
+
+
+def _spell_index(node: fx.Node) -> None:
+    """`x[:, :, :, 0::2]`, of four axes, becomes `x[..., ::2]`: whole axes before the last go without saying."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return
+    x, given = node.args
+    assert isinstance(given, tuple)
+    index: tuple[Any, ...] = tuple(
+        slice(None, item.stop, item.step) if isinstance(item, slice) and item.start == 0 else item for item in given
+    )
+    tensor = tensor_of(x)
+    if tensor is not None and len(index) == tensor.ndim > 1 and all(item == slice(None) for item in index[:-1]):
+        index = (Ellipsis, index[-1])
+    node.args = (x, index)
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:

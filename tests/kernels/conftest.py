@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.kernels import add_rms_norm, glu, linear_cross_entropy, rms_norm, rope
+from fxopt.kernels import add_layer_norm, add_rms_norm, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -38,6 +38,10 @@ if INTERPRETED:
         (rms_norm._rms_norm_backward, rms_norm._rms_norm_backward_triton),
         (add_rms_norm._add_rms_norm, add_rms_norm._add_rms_norm_triton),
         (add_rms_norm._add_rms_norm_backward, add_rms_norm._add_rms_norm_backward_triton),
+        (layer_norm._layer_norm, layer_norm._layer_norm_triton),
+        (layer_norm._layer_norm_backward, layer_norm._layer_norm_backward_triton),
+        (add_layer_norm._add_layer_norm, add_layer_norm._add_layer_norm_triton),
+        (add_layer_norm._add_layer_norm_backward, add_layer_norm._add_layer_norm_backward_triton),
         (glu._glu, glu._glu_triton),
         (glu._glu_backward, glu._glu_backward_triton),
         (rope._rope, rope._rope_triton),

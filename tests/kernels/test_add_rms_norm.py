@@ -45,6 +45,13 @@ def test_one_output_unused(used: int, device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_weight(dtype: torch.dtype, device: str) -> None:
+    x, residual, _ = inputs(40, 65, dtype=dtype, device=device)
+    assert_op_as_accurate(add_rms_norm, add_rms_norm_reference, x, residual, None, EPS)
+    torch.library.opcheck(torch.ops.fxopt.add_rms_norm, (x, residual, None, EPS))
+
+
 def test_gradients_in_float64(device: str) -> None:
     args = inputs(3, 2, 9, dtype=torch.float64, device=device)
     assert torch.autograd.gradcheck(lambda *args: add_rms_norm(*args, EPS), args, fast_mode=True)

@@ -1,11 +1,14 @@
 """Each Triton kernel builds for real targets, on a machine that has none of them, and keeps its values in registers."""
 
 import os
+import re
 
 import pytest
 
 from benchmarks.kernels import KERNELS, TARGETS, compile_ahead, resources
 from fxopt.kernels.backend import TRITON_DEVICES
+from fxopt.kernels.linear_cross_entropy import _Options
+from fxopt.kernels.rope import LAYOUTS, _orders
 
 pytestmark = [
     pytest.mark.skipif(not TRITON_DEVICES, reason="Triton is not installed"),
@@ -13,16 +16,69 @@ pytestmark = [
 ]
 
 
+# The options of the loss are constants of its kernel.
+LOSSES = [name for name in KERNELS if name.startswith("linear_cross_entropy")]
+OPTIONS: dict[str, dict[str, float]] = {
+    "logit_scale": {"logit_scale": 0.0625},
+    "softcap": {"softcap": 30.0},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-4},
+}
+OPTIONS["all"] = {name: value for options in OPTIONS.values() for name, value in options.items()}
+
+
+@pytest.fixture
+def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the loss's kernels the options named by the test's parameter, or none."""
+    values = _Options(**OPTIONS.get(request.param, {}))
+    for name in LOSSES:
+        kernel, constants, pointers = KERNELS[name]
+        constants = constants | {option.upper(): value for option, value in values._asdict().items()}
+        monkeypatch.setitem(KERNELS, name, (kernel, constants, pointers))
+
+
+CASES = [(name, "") for name in KERNELS] + [(name, "all") for name in LOSSES]
+EVERY_CASE = [(name, "") for name in KERNELS] + [(name, options) for name in LOSSES for options in OPTIONS]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_builds(name: str, dtype: str, target: str) -> None:
+@pytest.mark.parametrize(("name", "options"), CASES, indirect=["options"])
+def test_builds(name: str, options: None, dtype: str, target: str) -> None:
     binary = compile_ahead(name, dtype, target)
     assert binary.asm["hsaco" if target.startswith("hip") else "cubin"]
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_spills_nothing(name: str) -> None:
+@pytest.mark.parametrize(("name", "options"), EVERY_CASE, indirect=["options"])
+def test_spills_nothing(name: str, options: None) -> None:
     registers, spilled_bytes, _ = resources(name, "cuda:90")
     assert 0 < registers <= 128
     assert spilled_bytes == 0
+
+
+def rope_flags(layout: str, *, wide: bool, backward: bool) -> dict[str, bool]:
+    x_pairs, y_pairs = _orders(layout, backward)
+    return {"X_PAIRS": x_pairs, "Y_PAIRS": y_pairs, "TABLE_PAIRS": layout == "pairs", "TABLE_WIDE": wide}
+
+
+@pytest.mark.parametrize("table", ["bf16", "fp32"])
+@pytest.mark.parametrize("wide", [True, False], ids=["D", "D/2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_layouts_of_rope(direction: str, layout: str, wide: bool, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All build and spill nothing; where strides are multiples of 16, global memory is moved by 16 bytes at once."""
+    kernel, constants, _ = KERNELS[f"rope {direction}"]
+    flags = rope_flags(layout, wide=wide, backward=direction == "backward")
+    tables = {"cos_ptr": f"*{table}", "sin_ptr": f"*{table}"}
+    monkeypatch.setitem(KERNELS, "rope", (kernel, constants | flags, tables))
+    for target in TARGETS:
+        assert compile_ahead("rope", "bf16", target).asm
+    assert resources("rope", "cuda:90")[1] == 0
+
+    strides = {name: 64 for name in kernel.arg_names if "_stride_" in name}
+    monkeypatch.setitem(KERNELS, "rope", (kernel, constants | flags | strides, tables))
+    registers, spilled_bytes, _ = resources("rope", "cuda:90")
+    assert 0 < registers <= 128
+    assert spilled_bytes == 0
+    moves = re.findall(r"(?:ld|st)\.global\.[\w.]*", compile_ahead("rope", "bf16", "cuda:90").asm["ptx"])
+    assert set(moves) == {"ld.global.v4.b32", "st.global.v4.b32"}

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import linear_cross_entropy as kernel
+from fxopt.kernels.backend import compute_dtype
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.accuracy import assert_op_as_accurate, outputs_and_gradients
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 REDUCTIONS = ["mean", "sum", "none"]
+ALL_OPTIONS = {"logit_scale": 1.5, "softcap": 2.0, "label_smoothing": 0.25, "z_loss": 0.125}
+each_option = pytest.mark.parametrize(
+    "options", [*({name: value} for name, value in ALL_OPTIONS.items()), ALL_OPTIONS], ids=[*ALL_OPTIONS, "all"]
+)
 
 
 def inputs(
@@ -53,6 +58,82 @@ def test_many_chunks(dtype: torch.dtype, reduction: str, ignored: float, device:
     assert_accurate(hidden, weight, labels, bias=bias, reduction=reduction)
 
 
+@each_option
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("small_chunks")
+def test_options(dtype: torch.dtype, reduction: str, options: dict[str, float], device: str) -> None:
+    hidden, weight, labels = inputs(90, 24, 107, dtype=dtype, device=device, ignored=0.4)
+    bias = torch.randn(107, device=device).to(dtype).requires_grad_()
+    assert_accurate(hidden, weight, labels, bias=bias, reduction=reduction, **options)
+
+
+@each_option
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_options_on_one_row(reduction: str, options: dict[str, float], device: str) -> None:
+    hidden, weight, labels = inputs(1, 24, 97, dtype=torch.float32, device=device)
+    values = {"bias": torch.randn(97, device=device).requires_grad_(), "reduction": reduction, **options}
+    expected = outputs_and_gradients(linear_cross_entropy_reference, hidden, weight, labels, **values)
+    found = outputs_and_gradients(linear_cross_entropy, hidden, weight, labels, **values)
+    torch.testing.assert_close(found, expected)
+
+
+@each_option
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_options_on_a_large_vocabulary(dtype: torch.dtype, options: dict[str, float], device: str) -> None:
+    """More columns than a Triton program holds at a time, and not a multiple of them."""
+    assert_accurate(*inputs(20, 64, 5000, dtype=dtype, device=device), **options)
+
+
+@each_option
+@pytest.mark.usefixtures("small_chunks")
+def test_options_in_float64(options: dict[str, float], device: str) -> None:
+    """No constant and no intermediate result is narrower, and the logits lie on both sides of a cap's bend."""
+    hidden, weight, labels = inputs(40, 24, 97, dtype=torch.float64, device=device, ignored=0.3)
+    values = {"reduction": "none", **options}
+    expected = outputs_and_gradients(linear_cross_entropy_reference, hidden, weight, labels, **values)
+    found = outputs_and_gradients(linear_cross_entropy, hidden, weight, labels, **values)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_options_are_as_accurate_as_model_code(dtype: torch.dtype, device: str) -> None:
+    """Cohere's and Gemma 2's code scales and caps in the model's dtype, before the cast."""
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(hidden, weight) * 1.5
+        logits = torch.tanh(logits / 2.0) * 2.0
+        return torch.nn.functional.cross_entropy(logits.to(compute_dtype(logits)), labels)
+
+    assert_op_as_accurate(
+        lambda *args: linear_cross_entropy(*args, logit_scale=1.5, softcap=2.0),
+        loss,
+        *inputs(90, 24, 97, dtype=dtype, device=device, ignored=0.4),
+    )
+
+
+@each_option
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_rows_contribute_nothing(reduction: str, options: dict[str, float], device: str) -> None:
+    """Not even NaN; nor do the rows of zeros that stand in their place, which a bias lets have a loss."""
+    hidden, weight, labels = inputs(90, 8, 20, dtype=torch.float32, device=device, ignored=0.4)
+    bias = torch.randn(20, device=device).requires_grad_()
+    kept = labels != -100
+    whole = hidden.detach().masked_fill(~kept[:, None], math.nan).requires_grad_()
+    rows = hidden.detach()[kept].requires_grad_()
+    loss = linear_cross_entropy(whole, weight, labels, bias=bias, reduction=reduction, **options)
+    loss_of_rows = linear_cross_entropy(rows, weight, labels[kept], bias=bias, reduction=reduction, **options)
+    grads = torch.autograd.grad(loss.sum(), (whole, weight, bias))
+    grads_of_rows = torch.autograd.grad(loss_of_rows.sum(), (rows, weight, bias))
+    assert not grads[0][~kept].any()
+    if reduction == "none":
+        assert not loss[~kept].any()
+        loss = loss[kept]
+    torch.testing.assert_close(loss, loss_of_rows)
+    torch.testing.assert_close((grads[0][kept], *grads[1:]), grads_of_rows)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("needed", ["hidden", "weight", "bias"])
 @pytest.mark.usefixtures("small_chunks")
@@ -89,15 +170,28 @@ def test_strides_and_leading_dimensions(device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_labels_and_gradients_that_are_not_contiguous(reduction: str, device: str) -> None:
+    """The gradient that a sum sends back has stride 0, and a slice of labels its own."""
+    hidden, weight, labels = inputs(24, 16, 50, dtype=torch.float32, device=device)
+    hidden = hidden.detach()[::2].requires_grad_()
+    losses = [
+        loss(hidden, weight, labels[::2], reduction=reduction).sum()
+        for loss in (linear_cross_entropy, linear_cross_entropy_reference)
+    ]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (hidden, weight)) for loss in losses))
+
+
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["no options", "all options"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("num_rows", [0, 5])
-def test_nothing_to_count(num_rows: int, reduction: str, device: str) -> None:
+def test_nothing_to_count(num_rows: int, reduction: str, options: dict[str, float], device: str) -> None:
     """No rows, or all of them ignored: eager code's loss (nan for "mean") and its gradients, which are zero."""
     hidden, weight, labels = inputs(num_rows, 8, 20, dtype=torch.bfloat16, device=device, ignored=2.0)
     bias = torch.zeros(20, device=device).bfloat16().requires_grad_()
-    expected = outputs_and_gradients(
-        linear_cross_entropy_reference, hidden, weight, labels, bias=bias, reduction=reduction
-    )
-    found = outputs_and_gradients(linear_cross_entropy, hidden, weight, labels, bias=bias, reduction=reduction)
+    values = {"bias": bias, "reduction": reduction, **options}
+    expected = outputs_and_gradients(linear_cross_entropy_reference, hidden, weight, labels, **values)
+    found = outputs_and_gradients(linear_cross_entropy, hidden, weight, labels, **values)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
 
@@ -108,8 +202,9 @@ def test_another_ignore_index(device: str) -> None:
 
 
 def test_extreme_logits(device: str) -> None:
-    hidden, weight, labels = inputs(30, 8, 20, dtype=torch.float32, device=device)
-    assert_accurate((hidden.detach() * 1000).requires_grad_(), weight, labels)
+    hidden, weight, labels = inputs(100, 8, 20, dtype=torch.float32, device=device)
+    for options in ({}, ALL_OPTIONS):
+        assert_accurate((hidden.detach() * 1000).requires_grad_(), weight, labels, **options)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -180,17 +275,20 @@ def test_registration(reduction: str, device: str) -> None:
     hidden, weight, labels = inputs(6, 4, 10, dtype=torch.float32, device=device, ignored=0.3)
     bias = torch.randn(10, device=device).requires_grad_()
     flags = [reduction != "none"] * 3
-    torch.library.opcheck(torch.ops.fxopt.linear_cross_entropy, (hidden, weight, bias, labels, -100, reduction, *flags))
-    args = (torch.ones(6, device=device), hidden.detach(), weight.detach(), None, labels, -100, True, True, False)
-    torch.library.opcheck(torch.ops.fxopt.linear_cross_entropy_backward, args)
+    options = ALL_OPTIONS.values()
+    args = (hidden, weight, bias, labels, -100, reduction, *options, *flags)
+    torch.library.opcheck(torch.ops.fxopt.linear_cross_entropy, args)
+    args = (hidden.detach(), weight.detach(), None, labels, -100, "none", *options, True, True, False)
+    torch.library.opcheck(torch.ops.fxopt.linear_cross_entropy_backward, (torch.ones(6, device=device), *args))
 
 
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["no options", "all options"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_traced_gradients_are_the_same(reduction: str, device: str) -> None:
+def test_traced_gradients_are_the_same(reduction: str, options: dict[str, float], device: str) -> None:
     hidden, weight, labels = inputs(12, 8, 20, dtype=torch.float32, device=device, ignored=0.3)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum() / 7
+        return linear_cross_entropy(hidden, weight, labels, reduction=reduction, **options).sum() / 7
 
     traced = torch.compile(loss, backend="aot_eager", fullgraph=True)
     expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
@@ -228,3 +326,22 @@ def test_errors() -> None:
         linear_cross_entropy(hidden, weight.bfloat16(), labels)
     with pytest.raises(RuntimeError, match=r"labels are torch\.int32"):
         linear_cross_entropy(hidden, weight, labels.int())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("logit_scale", 0.0, "positive and finite"),
+        ("logit_scale", math.inf, "positive and finite"),
+        ("softcap", 0.0, "None, or positive and finite"),
+        ("softcap", -30.0, "None, or positive and finite"),
+        ("softcap", math.nan, "None, or positive and finite"),
+        ("label_smoothing", -0.1, "between 0 and 1"),
+        ("label_smoothing", 1.1, "between 0 and 1"),
+        ("z_loss", -1e-4, "finite and not negative"),
+        ("z_loss", math.inf, "finite and not negative"),
+    ],
+)
+def test_options_out_of_range(option: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} is {value}; it must be {message}"):
+        linear_cross_entropy(*inputs(6, 4, 20, dtype=torch.float32, device="cpu"), **{option: value})

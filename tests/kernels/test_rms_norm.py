@@ -40,9 +40,11 @@ def test_float32_weight_in_a_bfloat16_model(device: str) -> None:
     assert_op_as_accurate(rms_norm, rms_norm_reference, x, weight, EPS)
 
 
-def test_without_weight(device: str) -> None:
-    x, _ = inputs(40, 64, dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_weight(dtype: torch.dtype, device: str) -> None:
+    x, _ = inputs(40, 65, dtype=dtype, device=device)
     assert_op_as_accurate(rms_norm, rms_norm_reference, x, None, EPS)
+    torch.library.opcheck(torch.ops.fxopt.rms_norm, (x, None, EPS))
 
 
 def test_gradients_in_float64(device: str) -> None:

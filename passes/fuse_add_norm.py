@@ -1,4 +1,4 @@
-"""The residual addition and the norm that reads it  →  `fxopt::add_rms_norm`."""
+"""The residual addition and the norm that reads it  →  `fxopt::add_rms_norm`, `fxopt::add_layer_norm`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import fx
 
+from fxopt.kernels.add_layer_norm import add_layer_norm
 from fxopt.kernels.add_rms_norm import add_rms_norm
+from fxopt.kernels.layer_norm import layer_norm
 from fxopt.kernels.rms_norm import rms_norm
 from fxopt.rewrite.graph import dtype_of, shape_of
 from fxopt.rewrite.match import Rule, require
@@ -25,8 +27,8 @@ class FuseAddRMSNorm(Rule):
         return summed, rms_norm(summed, weight, eps)
 
     @staticmethod
-    def check(x: fx.Node, residual: fx.Node, weight: fx.Node | None) -> None:
-        require(weight is not None, "the norm has no weight")
+    def check(x: fx.Node, residual: fx.Node) -> None:
+        require(isinstance(x, fx.Node) and isinstance(residual, fx.Node), "a number is added")
         require(dtype_of(x) == dtype_of(residual), "the addends have different dtypes")
         require(shape_of(x) == shape_of(residual), "the addition broadcasts")
 
@@ -35,4 +37,20 @@ class FuseAddRMSNorm(Rule):
         return add_rms_norm(x, residual, weight, eps)
 
 
-FUSE_ADD_RMS_NORM = rules_pass("fuse_add_rms_norm", FuseAddRMSNorm)
+class FuseAddLayerNorm(FuseAddRMSNorm):
+    """summed = x + residual; layer_norm(summed)
+
+    Source: the pre-norm block of transformers GPT2Block.forward; the post-norm block of BartDecoderLayer.forward.
+    """
+
+    @staticmethod
+    def pattern(x: Any, residual: Any, weight: Any, bias: Any, eps: Any) -> Any:
+        summed = x + residual
+        return summed, layer_norm(summed, weight, bias, eps)
+
+    @staticmethod
+    def rewrite(x: Any, residual: Any, weight: Any, bias: Any, eps: Any) -> Any:
+        return add_layer_norm(x, residual, weight, bias, eps)
+
+
+FUSE_ADD_NORM = rules_pass("fuse_add_norm", FuseAddRMSNorm, FuseAddLayerNorm)

@@ -1,0 +1,87 @@
+"""LayerNorm  →  `fxopt::layer_norm`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxopt.kernels.layer_norm import layer_norm
+from fxopt.rewrite.graph import dtype_of, shape_of
+from fxopt.rewrite.match import Rule, require
+from fxopt.rewrite.pipeline import rules_pass
+
+
+class FuseLayerNorm(Rule):
+    """layer_norm(x, (D,), weight, bias, eps), of x itself or of its float32 copy
+
+    Source: torch.nn.LayerNorm.forward; transformers OlmoLayerNorm.forward.
+    """
+
+    @staticmethod
+    def pattern(x: Any, shape: Any, weight: Any, bias: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        return F.layer_norm(x.to(wide), shape, weight, bias, eps).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        require(len(shape) == 1, f"the norm is over the last {len(shape)} axes")
+        require(dtype_of(x) == dtype, f"the result is {dtype}, the input is {dtype_of(x)}")
+
+    @staticmethod
+    def rewrite(x: Any, weight: Any, bias: Any, eps: Any) -> Any:
+        return layer_norm(x, weight, bias, eps)
+
+
+class FuseFloat32LayerNorm(Rule):
+    """(weight * (x - mean(x)) * rsqrt(mean((x - mean(x))²) + eps)).to(dtype), all in float32
+
+    Source: transformers CohereLayerNorm.forward.
+    """
+
+    @staticmethod
+    def pattern(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
+        h = x.to(torch.float32)
+        centered = h - h.mean(-1, keepdim=True)
+        variance = centered.pow(2).mean(-1, keepdim=True)
+        return (weight.to(torch.float32) * (centered * torch.rsqrt(variance + eps))).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, weight: fx.Node, dtype: torch.dtype) -> None:
+        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+        require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
+
+    @staticmethod
+    def rewrite(x: Any, weight: Any, eps: Any) -> Any:
+        return layer_norm(x, weight, None, eps)
+
+
+class FuseUnweightedLayerNorm(FuseFloat32LayerNorm):
+    """((x - mean(x)) * rsqrt(mean((x - mean(x))²) + eps)).to(dtype): what is left where the weight is no vector
+
+    Source: transformers CohereLayerNorm.forward, with a weight for each head.
+    """
+
+    @staticmethod
+    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
+        h = x.to(torch.float32)
+        centered = h - h.mean(-1, keepdim=True)
+        variance = centered.pow(2).mean(-1, keepdim=True)
+        return (centered * torch.rsqrt(variance + eps)).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, dtype: torch.dtype) -> None:
+        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+
+    @staticmethod
+    def rewrite(x: Any, eps: Any) -> Any:
+        return layer_norm(x, None, None, eps)
+
+
+FUSE_LAYER_NORM = rules_pass(
+    "fuse_layer_norm",
+    FuseLayerNorm,
+    FuseFloat32LayerNorm,
+    FuseUnweightedLayerNorm,  # after the one that it is a part of
+)

@@ -11,6 +11,8 @@ from torch import nn
 
 Call = dict[str, Any]  # arguments by name
 
+# What a forward may call its labels: transformers' name, and those of models in the manner of nanoGPT.
+LABELS = ("labels", "targets", "target")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -29,8 +31,8 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
     """Why a call is not one that computes the model's loss and nothing else, or ''."""
     if call is None:
         return "the call's arguments have no names"
-    labels = call.get("labels")
-    if not isinstance(labels, torch.Tensor):
+    labels = next((call[name] for name in LABELS if isinstance(call.get(name), torch.Tensor)), None)
+    if labels is None:
         return "the call has no labels"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "the call is inside a torch.func transform"
@@ -42,8 +44,6 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
     if call.get("past_key_values") is not None:
         return "the call continues a cache"
     config = getattr(model, "config", None)
-    if call.get("return_dict", getattr(config, "return_dict", True)) is False:
-        return "the call asks for a tuple"
     for name in ("output_hidden_states", "output_attentions"):
         if getattr(config, name, False):
             return f"the model's config asks for {name}"

@@ -143,8 +143,7 @@ def _loss_and_gradients(
 
     def loss_of() -> Tensor:
         torch.manual_seed(seed)  # the same dropout in each
-        loss: Tensor = forward(**batch).loss
-        return loss
+        return _loss_in(forward(**batch))
 
     with torch.enable_grad(), torch.random.fork_rng():
         gradients: tuple[Tensor | None, ...]
@@ -160,7 +159,17 @@ def _loss_and_gradients(
     return {"loss": loss.detach(), **values}
 
 
-def _gradients_of_reentrant_checkpoints(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _loss_in(outputs: Any) -> Tensor:
+    """A model output's `loss`, or a tuple's one number that has a gradient."""
+    if hasattr(outputs, "loss"):
+        return outputs.loss
+    numbers = [value for value in outputs if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad]
+    if len(numbers) != 1:
+        raise ValueError(f"the model returns no `loss`, and {len(numbers)} numbers that could be one")
+    return numbers[0]
+
+
+def _gradients_of_reentrant_checkpoints(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """What `backward` leaves in `.grad`, which then holds again what it held: `autograd.grad` cannot do these."""
     held = [parameter.grad for parameter in parameters]
     try:

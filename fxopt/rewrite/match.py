@@ -36,7 +36,6 @@ from fxopt.rewrite.spelling import arguments_of, spell_out
 from fxopt.rewrite.trace import as_tuple, ops_called_by, trace
 
 COMMUTATIVE = frozenset({operator.add, operator.mul})
-NEARLY = 0.6  # of a pattern's nodes: from there on a mismatch is worth a word
 
 
 class Declined(Exception):
@@ -60,7 +59,8 @@ class Rule:
       by a global name is put into the graph as one node.
     * `check(x, weight, …)`: calls `require` for what the pattern cannot say. Optional; takes any of the names.
 
-    `op` names the result in reports, where the rewrite calls no op of fxopt's.
+    `op` names the result in reports, where the rewrite calls no op of fxopt's. `nearly` is the share of the pattern
+    that must match for a mismatch to be worth a word.
 
     `examples(x, weight, …)` may return `{name: function(shape, dtype, generator) -> tensor}` for inputs that the
     proof must not fill with normally distributed numbers.
@@ -70,7 +70,7 @@ class Rule:
     rewrite: ClassVar[Callable[..., Any]]
 
     op: ClassVar[str] = ""
-    tells_near_misses: ClassVar[bool] = True  # False for a rule that only prepares for others
+    nearly: ClassVar[float] = 0.6
     check: ClassVar[Callable[..., None]] = staticmethod(lambda: None)
     examples: ClassVar[Callable[..., dict[str, Callable[..., torch.Tensor]]]] = staticmethod(lambda: {})
 
@@ -271,7 +271,7 @@ def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[N
             comparison.fail(state, reason)
         else:
             share = len(comparison.nodes) / pattern.num_nodes
-            if share > NEARLY and rule.tells_near_misses:
+            if share > rule.nearly:
                 reason, nodes = comparison.reason, (node, *comparison.nodes)
                 near_misses.append(NearMiss(rule.__name__, node.name, source_line(node), reason, nodes, share))
     return matches, near_misses

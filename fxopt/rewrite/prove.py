@@ -231,6 +231,9 @@ def _sample(rewrite: Rewrite, sizes: _Sizes, magnitude: float) -> dict[str, Any]
             tensor = special[name](shape, value.dtype, generator)
         elif value.dtype.is_floating_point:
             tensor = (torch.randn(shape, generator=generator) * magnitude).to(value.dtype)
+        elif value.dtype.is_complex:
+            parts = torch.randn(*shape, 2, generator=generator, dtype=value.dtype.to_real())
+            tensor = torch.view_as_complex(parts * magnitude)
         else:
             tensor = torch.randint(0, 2, shape, generator=generator).to(value.dtype)
         sample[name] = tensor.to(value.device)
@@ -245,7 +248,7 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
     """Every result and every gradient, by name. The cotangents are the same on each side."""
     leaves = {
         name: value.detach().clone().requires_grad_(requires_grad(rewrite.inputs[name]))
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
         else value
         for name, value in inputs.items()
     }
@@ -261,7 +264,8 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
         gradients = torch.autograd.grad(outputs, list(sources.values()), grad_outputs, allow_unused=True)
         for (name, leaf), gradient in zip(sources.items(), gradients, strict=True):
             named[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
-    return {name: value.detach() for name, value in named.items()}
+    # Complex numbers as pairs of real ones.
+    return {n: torch.view_as_real(v.detach()) if v.is_complex() else v.detach() for n, v in named.items()}
 
 
 def _runner(graph: fx.Graph, sizes: _Sizes, change: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
@@ -291,11 +295,11 @@ def _map_literals(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _widened(value: Any) -> Any:
-    """Floating tensors and floating dtypes in float64; everything else as it is."""
+    """Floating tensors and floating dtypes in float64, complex ones in complex128; everything else as it is."""
     if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.to(_widened(value.dtype))
     if isinstance(value, torch.dtype):
-        return torch.float64 if value.is_floating_point else value
+        return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
     return value
 
 

@@ -1,0 +1,209 @@
+"""The proof refuses every planted bug: each rule of the pipeline with a rewrite that is wrong in one place."""
+
+# ruff: noqa: E501 — a mutant a line
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxopt.kernels.add_layer_norm import add_layer_norm
+from fxopt.kernels.add_rms_norm import add_rms_norm
+from fxopt.kernels.glu import geglu, swiglu
+from fxopt.kernels.layer_norm import layer_norm
+from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
+from fxopt.kernels.rms_norm import rms_norm
+from fxopt.kernels.rope import rope
+from fxopt.passes.canonicalize import CANONICALIZE
+from fxopt.passes.fuse_add_norm import FuseAddLayerNorm, FuseAddRMSNorm
+from fxopt.passes.fuse_glu import FuseGeGLU, FuseReGLU, FuseSwiGLU
+from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM, FuseLayerNorm
+from fxopt.passes.fuse_linear_cross_entropy import (
+    FuseDividedLinearCrossEntropy,
+    FuseLinearCrossEntropy,
+    FuseScaledLinearCrossEntropy,
+    FuseSoftcappedLinearCrossEntropy,
+    SliceBeforeLinear,
+)
+from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM, FuseFloat32WeightRMSNorm, FuseRMSNorm, FuseUnweightedRMSNorm
+from fxopt.passes.fuse_rope import FuseComplexRoPE, FusePairsRoPE, FuseRoPE
+from fxopt.passes.share_key_value_heads import ShareKeyValueHeads
+from fxopt.rewrite.match import Rule
+from fxopt.rewrite.pipeline import rules_pass
+from fxopt.rewrite.prove import Prover
+from tests.captured_graphs import captured
+
+ROWS, WIDTH, VOCABULARY = (3, 7), 32, 61
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).bfloat16().requires_grad_()
+
+
+def normed_inputs() -> list[torch.Tensor]:
+    return [leaf(*ROWS, WIDTH), leaf(WIDTH)]
+
+
+def gated_inputs() -> list[torch.Tensor]:
+    return [leaf(*ROWS, WIDTH), leaf(*ROWS, WIDTH)]
+
+
+def rotated_inputs() -> list[torch.Tensor]:
+    angles = torch.randn(2, 1, 9, 16)
+    return [leaf(2, 4, 9, 16), angles.cos().bfloat16(), angles.sin().bfloat16()]
+
+
+def loss_inputs() -> list[torch.Tensor]:
+    labels = torch.randint(0, VOCABULARY, (21,))
+    labels[::3] = -100
+    return [leaf(*ROWS, WIDTH), leaf(VOCABULARY, WIDTH), leaf(VOCABULARY), labels]
+
+
+def rms(x: Any, eps: float = 1e-5) -> Any:
+    h = x.to(torch.float32)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def turned(x: Any) -> Any:
+    return torch.cat((-x[..., 8:], x[..., :8]), dim=-1)
+
+
+def neighbours_turned(x: Any) -> Any:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def loss(logits: Any, labels: Any) -> Any:
+    return F.cross_entropy(logits.float().view(-1, VOCABULARY), labels)
+
+
+def residual_rms(x: Any, residual: Any, weight: Any) -> Any:
+    summed = x + residual
+    return summed * 2, weight * rms(summed).to(x.dtype)
+
+
+def residual_layer_norm(x: Any, residual: Any, weight: Any, bias: Any) -> Any:
+    summed = x + residual
+    return summed * 2, F.layer_norm(summed, (WIDTH,), weight, bias, 1e-5)
+
+
+def repeated(x: Any) -> Any:
+    return x[:, :, None, :, :].expand(2, 2, 2, 9, 16).reshape(2, 4, 9, 16)
+
+
+def rotated_complex(x: Any, rotation: Any) -> Any:
+    numbers = torch.view_as_complex(x.float().reshape(2, 9, 4, -1, 2))
+    return torch.view_as_real(numbers * rotation).flatten(3).to(x.dtype)
+
+
+# Each rule with code in which it applies, and that code's inputs.
+SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor]]]] = {
+    FuseRMSNorm: (lambda x, weight: weight * rms(x).to(x.dtype), normed_inputs),
+    FuseFloat32WeightRMSNorm: (lambda x, weight: (weight * rms(x)).to(x.dtype), normed_inputs),
+    FuseUnweightedRMSNorm: (lambda x: rms(x).to(x.dtype), lambda: normed_inputs()[:1]),
+    FuseLayerNorm: (
+        lambda x, weight, bias: F.layer_norm(x, (WIDTH,), weight, bias, 1e-5),
+        lambda: [*normed_inputs(), leaf(WIDTH)],
+    ),
+    FuseAddRMSNorm: (residual_rms, lambda: [*gated_inputs(), leaf(WIDTH)]),
+    FuseAddLayerNorm: (residual_layer_norm, lambda: [*gated_inputs(), leaf(WIDTH), leaf(WIDTH)]),
+    FuseSwiGLU: (lambda gate, up: F.silu(gate) * up, gated_inputs),
+    FuseGeGLU: (lambda gate, up: F.gelu(gate) * up, gated_inputs),
+    FuseReGLU: (lambda gate, up: F.relu(gate) * up, gated_inputs),
+    FuseRoPE: (lambda x, cos, sin: x * cos + turned(x) * sin, rotated_inputs),
+    FusePairsRoPE: (lambda x, cos, sin: x * cos + neighbours_turned(x) * sin, rotated_inputs),
+    FuseComplexRoPE: (rotated_complex, lambda: [leaf(2, 9, 4, 16), torch.polar(torch.ones(9, 1, 8), leaf(9, 1, 8).float().detach())]),
+    FuseLinearCrossEntropy: (lambda h, w, b, labels: loss(F.linear(h, w, b), labels), loss_inputs),
+    FuseScaledLinearCrossEntropy: (lambda h, w, b, labels: loss(F.linear(h, w, b) * 0.25, labels), loss_inputs),
+    FuseDividedLinearCrossEntropy: (lambda h, w, b, labels: loss(F.linear(h, w, b) / 4.0, labels), loss_inputs),
+    FuseSoftcappedLinearCrossEntropy: (
+        lambda h, w, b, labels: loss(torch.tanh(F.linear(h, w, b) / 3.0) * 3.0, labels),
+        loss_inputs,
+    ),
+    SliceBeforeLinear: (lambda h, w, b, labels: F.linear(h, w, b)[..., :-1, :] * 2, loss_inputs),
+    ShareKeyValueHeads: (
+        lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True),
+        lambda: [leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16)],
+    ),
+}  # fmt: skip
+
+
+# The rules that read what other passes put in.
+PASSES_BEFORE = {FuseAddRMSNorm: (FUSE_RMS_NORM,), FuseAddLayerNorm: (FUSE_LAYER_NORM,)}
+
+# The mutants: what the rewrite should be, with one thing wrong.
+MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
+    (FuseRMSNorm, "another epsilon", lambda x, weight, eps: rms_norm(x, weight, eps * 1.01)),
+    (FuseRMSNorm, "no weight", lambda x, eps: rms_norm(x, None, eps)),
+    (FuseRMSNorm, "one plus weight", lambda x, weight, eps: rms_norm(x, weight + 1, eps)),
+    (FuseRMSNorm, "a percent too much", lambda x, weight, eps: rms_norm(x, weight, eps) * 1.01),
+    (FuseRMSNorm, "no gradient of the weight", lambda x, weight, eps: rms_norm(x, weight.detach(), eps)),
+    (FuseRMSNorm, "no gradient of the input", lambda x, weight, eps: rms_norm(x.detach(), weight, eps)),
+    (FuseRMSNorm, "LayerNorm", lambda x, weight, eps: layer_norm(x, weight, None, eps)),
+    (FuseFloat32WeightRMSNorm, "float16 inside", lambda x, weight, eps: rms_norm(x.half(), weight, eps).to(x.dtype)),
+    (FuseFloat32WeightRMSNorm, "another dtype", lambda x, weight, eps: rms_norm(x.float(), weight, eps)),
+    (FuseUnweightedRMSNorm, "epsilon after the root", lambda x, eps: rms_norm(x, None, 0.0) / (1 + eps)),
+    (FuseUnweightedRMSNorm, "another shape", lambda x, eps: rms_norm(x, None, eps)[None]),
+    (FuseLayerNorm, "no bias", lambda x, weight, eps: layer_norm(x, weight, None, eps)),
+    (FuseLayerNorm, "no weight", lambda x, bias, eps: layer_norm(x, None, bias, eps)),
+    (FuseLayerNorm, "another epsilon", lambda x, weight, bias, eps: layer_norm(x, weight, bias, eps * 2)),
+    (FuseLayerNorm, "RMSNorm", lambda x, weight, bias, eps: rms_norm(x, weight, eps) + bias),
+    (FuseAddRMSNorm, "a sum that is a difference", lambda x, residual, weight, eps: add_rms_norm(x, -residual, weight, eps)),
+    (FuseAddRMSNorm, "the norm of one addend", lambda x, residual, weight, eps: (x + residual, rms_norm(x, weight, eps))),
+    (FuseAddRMSNorm, "results swapped", lambda x, residual, weight, eps: add_rms_norm(x, residual, weight, eps)[::-1]),
+    (FuseAddRMSNorm, "a residual without gradient", lambda x, residual, weight, eps: add_rms_norm(x, residual.detach(), weight, eps)),
+    (FuseAddLayerNorm, "no bias", lambda x, residual, weight, eps: add_layer_norm(x, residual, weight, None, eps)),
+    (FuseSwiGLU, "gate and up swapped", lambda gate, up: swiglu(up, gate)),
+    (FuseSwiGLU, "gelu", lambda gate, up: geglu(gate, up)),
+    (FuseSwiGLU, "a percent too much", lambda gate, up: swiglu(gate, up * 1.01)),
+    (FuseSwiGLU, "no gradient of the gate", lambda gate, up: swiglu(gate.detach(), up)),
+    (FuseSwiGLU, "float16 inside", lambda gate, up: swiglu(gate.half(), up.half()).to(gate.dtype)),
+    (FuseGeGLU, "by tanh", lambda gate, up: geglu(gate, up, "tanh")),
+    (FuseReGLU, "silu", lambda gate, up: swiglu(gate, up)),
+    (FuseRoPE, "sine and cosine swapped", lambda x, cos, sin: rope(x, sin, cos)),
+    (FuseRoPE, "the other way round", lambda x, cos, sin: rope(x, cos, -sin)),
+    (FuseRoPE, "one position late", lambda x, cos, sin: rope(x, cos.roll(1, -2), sin.roll(1, -2))),
+    (FuseRoPE, "neighbours", lambda x, cos, sin: rope(x, cos, sin, layout="pairs")),
+    (FusePairsRoPE, "halves", lambda x, cos, sin: rope(x, cos, sin)),
+    (FusePairsRoPE, "pairs to halves", lambda x, cos, sin: rope(x, cos, sin, layout="pairs_to_halves")),
+    (FuseComplexRoPE, "conjugate", lambda x, rotation: rope(x, torch.real(rotation), -torch.imag(rotation), layout="pairs")),
+    (FuseLinearCrossEntropy, "labels off by one", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels.roll(1), bias=bias)),
+    (FuseLinearCrossEntropy, "no bias", lambda hidden, weight, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels)),
+    (FuseLinearCrossEntropy, "a sum", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, reduction="sum")),
+    (FuseLinearCrossEntropy, "smoothed", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, label_smoothing=0.01)),
+    (FuseLinearCrossEntropy, "no gradient of the head", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight.detach(), labels, bias=bias)),
+    (FuseLinearCrossEntropy, "a bfloat16 softmax", lambda hidden, weight, bias, labels: F.cross_entropy(F.linear(hidden.flatten(0, -2), weight, bias), labels).to(torch.float32)),
+    (FuseLinearCrossEntropy, "ignored labels count", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels.clamp(min=0), bias=bias)),
+    (FuseScaledLinearCrossEntropy, "no scale", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias)),
+    (FuseDividedLinearCrossEntropy, "times", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, logit_scale=scale)),
+    (FuseSoftcappedLinearCrossEntropy, "no cap", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias)),
+    (FuseSoftcappedLinearCrossEntropy, "another cap", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, softcap=scale * 1.01)),
+    (SliceBeforeLinear, "the other rows", lambda hidden, weight, bias: F.linear(hidden[..., 1:, :], weight, bias)),
+    (ShareKeyValueHeads, "keys for values", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key, key, is_causal=causal, enable_gqa=True)),
+    (ShareKeyValueHeads, "not causal", lambda query, key, value: F.scaled_dot_product_attention(query, key, value, enable_gqa=True)),
+    (ShareKeyValueHeads, "another scale", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=0.2525, enable_gqa=True)),
+    (ShareKeyValueHeads, "heads in another order", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key.flip(1), value.flip(1), is_causal=causal, enable_gqa=True)),
+]  # fmt: skip
+
+
+def outcome_of(rule: type[Rule], site: type[Rule]) -> Any:
+    function, inputs = SITES[site]
+    torch.manual_seed(0)
+    module = captured(function, *inputs())
+    for earlier in (CANONICALIZE, *PASSES_BEFORE.get(site, ())):
+        earlier.run(module.graph, None)
+    return rules_pass("only", rule).run(module.graph, Prover())
+
+
+@pytest.mark.parametrize("rule", SITES, ids=lambda rule: rule.__name__)
+def test_the_rule_itself_is_proven(rule: type[Rule]) -> None:
+    outcome = outcome_of(rule, rule)
+    assert outcome.changes and not outcome.refused
+
+
+@pytest.mark.parametrize(("rule", "bug", "rewrite"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_mutant_is_refused(rule: type[Rule], bug: str, rewrite: Callable[..., Any]) -> None:
+    mutant = type("Mutant", (rule,), {"rewrite": staticmethod(rewrite), "op": bug})
+    outcome = outcome_of(mutant, rule)
+    assert outcome.refused and not outcome.changes

@@ -39,7 +39,10 @@ def count_sites(model: nn.Module, run: Callable[[], Any]) -> Counter[str]:
         hook
         for module in model.modules()
         if NORM_CLASS.fullmatch(type(module).__name__) and not isinstance(module, nn.GroupNorm | nn.BatchNorm1d)
-        for hook in (module.register_forward_pre_hook(counting.enter), module.register_forward_hook(counting.leave))
+        for hook in (
+            module.register_forward_pre_hook(counting.enter, with_kwargs=True),
+            module.register_forward_hook(counting.leave, with_kwargs=True),
+        )
     ]
     profile = sys.getprofile()
     try:
@@ -74,14 +77,15 @@ class _Counting(TorchFunctionMode):
         self._rotations: list[FrameType] = []
         self._activated: list[Tensor] = []  # kept alive, so that no other tensor is taken for one of them
 
-    def enter(self, module: nn.Module, arguments: Any) -> None:
+    def enter(self, module: nn.Module, arguments: Any, named: Any) -> None:
         self._norms.append(self.found["norm"])
 
-    def leave(self, module: nn.Module, arguments: Any, result: Any) -> None:
+    def leave(self, module: nn.Module, arguments: Any, named: Any, result: Any) -> None:
         before = self._norms.pop()
+        rows = next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
         # What yields something else than its input's rows, a block or a scale for each row, is no norm, whatever its
         # name. A norm that contains a norm, as gated ones do, is one.
-        if isinstance(result, Tensor) and result.shape == arguments[0].shape:
+        if isinstance(result, Tensor) and result.shape == rows.shape:
             self.found["norm"] = before + 1
 
     def python_call(self, frame: FrameType, event: str, _: Any) -> None:

@@ -22,7 +22,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fxopt.kernels import add_layer_norm, add_rms_norm, glu, layer_norm, linear_cross_entropy, rms_norm, rope
+from fxopt.kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    clamped_swiglu,
+    glu,
+    layer_norm,
+    linear_cross_entropy,
+    relu_squared,
+    rms_norm,
+    rope,
+)
 from fxopt.kernels.backend import TRITON_DEVICES, row_tile, tl, triton
 
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCABULARY = 576, 1536, 9, 64, 49152
@@ -35,6 +45,9 @@ WEIGHTED, UNWEIGHTED = (NORM | {"HAS_WEIGHT": has} for has in (True, False))
 BOTH, NEITHER = ({"HAS_WEIGHT": has, "HAS_BIAS": has} for has in (True, False))
 SUMS = dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
 GLU = {"D": INTERMEDIATE, "BLOCK": glu.BLOCK, "DTYPE": FLOAT32}
+CLAMPED = GLU | {"BLOCK": clamped_swiglu.BLOCK, "ALPHA": 1.702, "LIMIT": 7.0}
+SQUARED = GLU | {"BLOCK": relu_squared.BLOCK}
+CONTIGUOUS = {"gate_col_stride": 1, "up_col_stride": 1}  # a launch makes a stride of 1 a constant, and no other
 ROPE = {"HALF": HEAD_DIM // 2, "ROWS": 32, "BLOCK": 32, "DTYPE": FLOAT32}
 ROPE |= {"X_PAIRS": False, "Y_PAIRS": False, "TABLE_PAIRS": False, "TABLE_WIDE": True}  # as in Llama
 LOSS_OPTIONS = {name.upper(): value for name, value in linear_cross_entropy._Options()._asdict().items()}
@@ -59,6 +72,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "geglu forward": (glu._glu_fwd_kernel, GLU | {"ACTIVATION": "gelu"}, {}),
     "geglu backward": (glu._glu_bwd_kernel, GLU | {"ACTIVATION": "gelu"}, {}),
     "geglu (tanh) backward": (glu._glu_bwd_kernel, GLU | {"ACTIVATION": "gelu_tanh"}, {}),
+    "clamped_swiglu forward": (clamped_swiglu._clamped_swiglu_fwd_kernel, CLAMPED | CONTIGUOUS, {}),
+    "clamped_swiglu backward": (clamped_swiglu._clamped_swiglu_bwd_kernel, CLAMPED | CONTIGUOUS, {}),
+    "clamped_swiglu of pairs forward": (clamped_swiglu._clamped_swiglu_fwd_kernel, CLAMPED, {}),
+    "clamped_swiglu of pairs backward": (clamped_swiglu._clamped_swiglu_bwd_kernel, CLAMPED, {}),
+    "relu_squared forward": (relu_squared._relu_squared_fwd_kernel, SQUARED, {}),
+    "relu_squared backward": (relu_squared._relu_squared_bwd_kernel, SQUARED, {}),
     "rope forward": (rope._rope_kernel, ROPE | {"BACKWARD": False}, {}),
     "rope backward": (rope._rope_kernel, ROPE | {"BACKWARD": True}, {}),
     "linear_cross_entropy loss": (
@@ -128,6 +147,10 @@ def cases(tokens: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]
     masked = labels.masked_fill(torch.rand(tokens) < 0.6, -100)
     loss = (linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_reference)
     head = random(VOCABULARY, HIDDEN)
+    clamped = (clamped_swiglu.clamped_swiglu, clamped_swiglu.clamped_swiglu_reference)
+    joint = random(tokens, 2 * INTERMEDIATE).detach()
+    halves = [half.requires_grad_() for half in joint.chunk(2, -1)]
+    pairs = [part.requires_grad_() for part in (joint[..., ::2], joint[..., 1::2])]
     return {
         "rms_norm": (rms_norm.rms_norm, rms_norm.rms_norm_reference, [x, weight, 1e-5]),
         "add_rms_norm": (
@@ -139,6 +162,13 @@ def cases(tokens: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]
         "layer_norm": (layer_norm.layer_norm, eager_layer_norm, [x, weight, bias, 1e-5]),
         "add_layer_norm": (add_layer_norm.add_layer_norm, eager_add_layer_norm, [x, residual, weight, bias, 1e-5]),
         "swiglu": (glu.swiglu, glu.swiglu_reference, [random(tokens, INTERMEDIATE), random(tokens, INTERMEDIATE)]),
+        "clamped_swiglu, halves": (*clamped, [*halves, 1.702, 7.0]),
+        "clamped_swiglu, pairs": (*clamped, [*pairs, 1.702, 7.0]),
+        "relu_squared": (
+            relu_squared.relu_squared,
+            relu_squared.relu_squared_reference,
+            [random(tokens, INTERMEDIATE)],
+        ),
         "rope": (rope.rope, rope.rope_reference, [queries, cos, sin]),
         "linear_cross_entropy": (*loss, [x, head, labels]),
         "linear_cross_entropy, 60 % ignored": (*loss, [x, head, masked]),

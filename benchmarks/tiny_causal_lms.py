@@ -43,7 +43,7 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"kv_channels|d_kv|d_head|qk_(nope|rope)_head_dim|v_head_dim|rotary_dim", WIDTH // HEADS),
     (r"qk_head_dim", WIDTH // HEADS * 2),
     (r"num_(routed_|local_)?experts|n_routed_experts|moe_num_experts|zero_expert_num", 4),
-    (r"num_experts_per_tok(en)?|moe_top_?k|top_k_experts|moe_k|topk_group|n_group|num_expert_group", 2),
+    (r"n_group|num_expert_group", 2),
     (r".*lora_rank|hc_lowrank|laurel_rank|adapter_rank|d_rel", 8),
     (r"mamba_num_heads|mamba_n_heads", 8),
     (r"mamba_d_head|mamba_head_dim|mamba_headdim|(ssm_)?state_size|mamba_d_state|.*dt_rank|time_step_rank", 16),
@@ -52,9 +52,12 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"(sliding_window|window_size|attention_window_size|sliding_window_size|local_attention)", 8),
     (r".*drop.*|.*jitter.*", 0.0),
 )
+# Each token takes all experts. A choice between nearly equal ones is a matter of rounding, and with another expert
+# everything behind it is another number: no error could be measured.
+CHOSEN_EXPERTS = re.compile(r"num_experts_per_tok(en)?|moe_top_?k|top_k_experts|moe_k|topk_group")
 LAYERS = re.compile(r"num_(hidden_)?(layers|blocks)|n_layers?|(num_)?(encoder|decoder)_layers|num_layers_per_stack")
 
-_ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+_ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 4}
 _INDEXER = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -67,13 +70,15 @@ _INDEXER = {
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 4},
     "dots1": _ROUTED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
+    "longcat_flash": {"moe_topk": 8},
     "mamba2": {"num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "phimoe": {"num_experts_per_tok": 2},  # its router knows no other number
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
@@ -126,6 +131,8 @@ def _shrunk(config: PretrainedConfig, num_layers: int) -> dict[str, Any]:
             changed[name] = True
         elif name == "head_dim" and value is None:
             changed[name] = WIDTH // HEADS
+        elif CHOSEN_EXPERTS.fullmatch(name) and value is not None:
+            changed[name] = min(2, getattr(config, "n_group", None) or 1) if name == "topk_group" else 4
         elif isinstance(value, int | float) and not isinstance(value, bool):
             small = _small(name, value, num_layers)
             if small != value:

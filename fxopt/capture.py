@@ -65,6 +65,7 @@ class OptimizedForward:
         self._signature = inspect.signature(self.__wrapped__)
         self._prover = Prover() if settings.prove else None
         self._compiled: dict[Hashable, Callable[..., Any]] = {}  # by kind of call
+        self._in_pieces: set[Hashable] = set()  # kinds of call whose graphs break where sizes depend on data
         self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
 
     @property
@@ -87,8 +88,7 @@ class OptimizedForward:
             return self.original(*args, **kwargs)
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
         try:
-            with torch._dynamo.config.patch(ignore_logging_functions=_advice_given_once(), nested_graph_breaks=True):
-                outputs = self._graphs_for(kind)(self.original, captured)
+            outputs = self._run_captured(kind, captured)
         except Exception as error:
             # Whatever the reason, the original must run now; if the call itself is at fault, it says so better.
             outputs = self.original(*args, **kwargs)
@@ -104,6 +104,20 @@ class OptimizedForward:
         """Why calls with `batch` run the original forward, or ''."""
         call = named_arguments(self._signature, (), dict(batch))
         return why_not_covered(self.model, call)
+
+    def _run_captured(self, kind: Hashable, call: dict[str, Any]) -> Any:
+        """The call through its graphs: with sizes that depend on data inside them, or where that fails without."""
+        if kind not in self._in_pieces:
+            num_graphs = len(self.report.graphs)
+            try:
+                with _dynamo_config(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+                    return self._graphs_for(kind)(self.original, call)
+            except Exception as error:
+                logger.info("a call of %s is captured in pieces: %s", self.report.model, _explained(error))
+                self._in_pieces.add(kind)
+                del self._compiled[kind], self.report.graphs[num_graphs:]
+        with _dynamo_config():
+            return self._graphs_for(kind)(self.original, call)
 
     def _graphs_for(self, kind: Hashable) -> Callable[..., Any]:
         """What runs calls of one kind. Each kind has a code object of its own, since Dynamo's cache is small."""
@@ -159,13 +173,13 @@ def _without_cheap_results(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _advice_given_once() -> set[Callable[..., Any]]:
-    """transformers' `logger.warning_once`, which only the original forward calls.
-
-    Any logging breaks a graph in two; the advice about `loss_type` would come between the output head and its loss.
-    """
-    names = ("warning_once", "info_once")
-    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+def _dynamo_config(**options: bool) -> Any:
+    """A context in which Dynamo captures a call in as few graphs as it can."""
+    # transformers' `logger.warning_once`, which only the original forward calls. Any logging breaks a graph in two; the
+    # advice about `loss_type` would come between the output head and its loss.
+    logging_once = {getattr(logging.Logger, name, None) for name in ("warning_once", "info_once")} - {None}
+    changes = {**options, "ignore_logging_functions": logging_once, "nested_graph_breaks": True}
+    return torch._dynamo.config.patch({name: v for name, v in changes.items() if hasattr(torch._dynamo.config, name)})
 
 
 _counter = itertools.count()

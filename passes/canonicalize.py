@@ -29,7 +29,7 @@ def _identity_of(node: fx.Node) -> Any:
     """The input that a node returns unchanged, if it does."""
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    source, *rest = node.args
+    source, rest = node.args[0], node.args[1:]
     value, source_value = tensor_of(node), tensor_of(source)
     if node.target is operator.getitem:
         index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
@@ -39,6 +39,8 @@ def _identity_of(node: fx.Node) -> Any:
         if value is None or source_value is None or node.kwargs.get("copy") or "memory_format" in node.kwargs:
             return None
         return source if (value.dtype, value.device) == (source_value.dtype, source_value.device) else None
+    if node.target == "contiguous" and source.target is torch.nn.functional.linear and not (rest or node.kwargs):
+        return source if source_value is not None and source_value.is_contiguous() else None
     if node.target is torch.nn.functional.dropout:
         probability, training = _argument(node, 1, "p", 0.5), _argument(node, 2, "training", True)
         return source if training is False or probability == 0.0 else None

@@ -1,12 +1,14 @@
-"""Gated linear units  →  `fxopt::swiglu`, `fxopt::geglu`, `fxopt::reglu`."""
+"""Gated linear units  →  `fxopt::swiglu`, `fxopt::geglu`, `fxopt::reglu`, `fxopt::clamped_swiglu`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxopt.kernels.clamped_swiglu import clamped_swiglu
 from fxopt.kernels.glu import geglu, reglu, swiglu
 from fxopt.rewrite.graph import shape_of
 from fxopt.rewrite.match import Rule, require
@@ -60,4 +62,29 @@ class FuseReGLU(FuseSwiGLU):
         return reglu(gate, up)
 
 
-FUSE_GLU = rules_pass("fuse_glu", FuseSwiGLU, FuseGeGLU, FuseReGLU)
+class FuseClampedSwiGLU(Rule):
+    """(up + 1) * gate * sigmoid(alpha * gate), gate clamped from above and up on both sides
+
+    Source: transformers GptOssExperts._apply_gate; from halves instead of pairs, MiniMaxM3VLExperts._apply_gate.
+    """
+
+    @staticmethod
+    def pattern(gate: Any, up: Any, alpha: Any, limit: Any, lowest: Any, one: Any) -> Any:
+        clamped = gate.clamp(max=limit)
+        return (up.clamp(min=lowest, max=limit) + one) * (clamped * torch.sigmoid(clamped * alpha))
+
+    @staticmethod
+    def check(gate: fx.Node, up: fx.Node, alpha: Any, limit: Any, lowest: Any, one: Any) -> None:
+        FuseSwiGLU.check(gate, up)
+        numbers = {"steepness": alpha, "limit": limit, "lower limit": lowest, "summand": one}
+        for name, number in numbers.items():
+            require(isinstance(number, int | float), f"the {name} is {number}, not a number")
+        require(limit >= 0 and lowest == -limit, f"up is clamped to [{lowest}, {limit}], not to [-{limit}, {limit}]")
+        require(one == 1, f"up is added to {one}, not to 1")
+
+    @staticmethod
+    def rewrite(gate: Any, up: Any, alpha: Any, limit: Any) -> Any:
+        return clamped_swiglu(gate, up, alpha, limit)
+
+
+FUSE_GLU = rules_pass("fuse_glu", FuseSwiGLU, FuseGeGLU, FuseReGLU, FuseClampedSwiGLU)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxopt.kernels.rope import rope
-from fxopt.rewrite.graph import dtype_of, shape_of
+from fxopt.rewrite.graph import cast, dtype_of, shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
@@ -18,6 +18,8 @@ class FuseRoPE(Rule):
 
     Source: transformers.models.llama.modeling_llama.apply_rotary_pos_emb; with casts, that of olmo2 and modernbert.
     """
+
+    op = "rope"
 
     @staticmethod
     def pattern(x: Any, cos: Any, sin: Any, half: Any, wide: Any, before: Any, after: Any, dtype: Any) -> Any:
@@ -31,15 +33,16 @@ class FuseRoPE(Rule):
         require(2 * half == shape_of(x)[-1], f"the rotation splits {shape_of(x)[-1]} at {half}, not in halves")
 
     @staticmethod
-    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
-        return rope(x, cos, sin)
+    def rewrite(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        return rope(cast(x, dtype), cos, sin)
 
 
 def check_rotation(x: fx.Node, cos: fx.Node, sin: fx.Node, dtype: torch.dtype) -> None:
-    """What all rotations need: four axes, the input's dtype as the result's, and tables that cover the last axis."""
+    """What all rotations need: four axes, a result that is not narrower, and tables that cover the last axis."""
     width = shape_of(x)[-1]
     require(len(shape_of(x)) == 4, f"the input has {len(shape_of(x))} axes, not 4")
-    require(dtype_of(x) == dtype, f"the result is {dtype}, the input is {dtype_of(x)}")
+    wider = torch.promote_types(value_of(x).dtype, dtype) == dtype
+    require(wider, f"the result is {dtype}, the input is {dtype_of(x)}")
     for name, table in (("cos", cos), ("sin", sin)):
         require(shape_of(table)[-1:] in ((width,), (width // 2,)), f"{name} does not cover the last axis")
 
@@ -57,11 +60,11 @@ class FuseNegativeRoPE(FuseRoPE):
         return (x.to(wide) * cos + rotated * sin).to(dtype)
 
     @staticmethod
-    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
-        return rope(x, cos, -sin)
+    def rewrite(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        return rope(cast(x, dtype), cos, -sin)
 
 
-class FusePairsRoPE(Rule):
+class FusePairsRoPE(FuseRoPE):
     """x * cos + rotate(x) * sin, where neighbours rotate with each other
 
     Source: transformers.models.gptj.modeling_gptj.rotate_every_two; with casts, apply_rotary_pos_emb of cohere.
@@ -78,8 +81,8 @@ class FusePairsRoPE(Rule):
         check_rotation(x, cos, sin, dtype)
 
     @staticmethod
-    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
-        return rope(x, cos, sin, layout="pairs")
+    def rewrite(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        return rope(cast(x, dtype), cos, sin, layout="pairs")
 
 
 class FuseHalvesRoPE(FusePairsRoPE):
@@ -94,8 +97,8 @@ class FuseHalvesRoPE(FusePairsRoPE):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
 
     @staticmethod
-    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
-        return rope(x, cos, sin)
+    def rewrite(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        return rope(cast(x, dtype), cos, sin)
 
 
 class FusePairsToHalvesRoPE(FusePairsRoPE):
@@ -110,11 +113,11 @@ class FusePairsToHalvesRoPE(FusePairsRoPE):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
 
     @staticmethod
-    def rewrite(x: Any, cos: Any, sin: Any) -> Any:
-        return rope(x, cos, sin, layout="pairs_to_halves")
+    def rewrite(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        return rope(cast(x, dtype), cos, sin, layout="pairs_to_halves")
 
 
-class FuseComplexRoPE(Rule):
+class FuseComplexRoPE(FuseRoPE):
     """The product of neighbours as a complex number with e^(i * angle)
 
     Source: transformers.models.llama4.modeling_llama4.apply_rotary_emb.
@@ -130,8 +133,8 @@ class FuseComplexRoPE(Rule):
         check_rotation(x, rotation, rotation, dtype)
 
     @staticmethod
-    def rewrite(x: Any, rotation: Any) -> Any:
-        return rope(x, torch.real(rotation), torch.imag(rotation), layout="pairs")
+    def rewrite(x: Any, rotation: Any, dtype: Any) -> Any:
+        return rope(cast(x, dtype), torch.real(rotation), torch.imag(rotation), layout="pairs")
 
 
 FUSE_ROPE = rules_pass(

@@ -315,4 +315,6 @@ def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -
         call_with(match.rule.check, match.bindings)
     except Declined as declined:
         return str(declined)
+    except Exception as error:  # such as a size that is not known, where the check calculates with it
+        return f"its check fails: {type(error).__name__}: {error}"
     return None

@@ -35,6 +35,7 @@ FEW = 100  # the error of fewer numbers, as the largest of many in float32, is a
 MAGNITUDES = (1.0, 1e-2, 30.0, 0.0)
 TINY = 1e-30  # where everything is smaller than this, errors are not relative any more
 SMALL_SIZES = (3, 5, 7, 11, 13)  # for dynamic sizes: distinct, so that a mixed-up axis shows
+UNKNOWN_SIZE = 17  # for a size that depends on data, and so was not known when the graph was captured
 MOST_ELEMENTS = 200_000  # of one input; beyond it, static sizes are cut
 SEED = 20_261_124
 
@@ -116,7 +117,7 @@ class _Sizes:
 
     def __init__(self, rewrite: Rewrite, small: bool, cut: bool):
         hints = {
-            symbol: int(_hints(size.node.shape_env)[symbol])
+            symbol: int(_hints(size.node.shape_env).get(symbol, UNKNOWN_SIZE))
             for node in rewrite.inputs.values()
             for size in [*getattr(value_of(node), "shape", ()), value_of(node)]
             if isinstance(size, torch.SymInt)

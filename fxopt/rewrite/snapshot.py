@@ -56,5 +56,5 @@ def _row(node: fx.Node) -> NodeRow:
 def _size_bytes(value: torch.Tensor) -> int:
     size = value.element_size()
     for length in value.shape:
-        size *= length if isinstance(length, int) else length.node.hint
+        size *= length if isinstance(length, int) else length.node.hint or 0  # None: it depends on data
     return size

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxopt.rewrite.graph import cast, dtype_of, tensor_of, value_of
@@ -48,6 +49,8 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "pow": operator.pow,
     "matmul": operator.matmul,
 }
+
+FUNCTIONAL: dict[Any, Callable[..., Any]] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid}
 
 # Methods that take their sizes one by one or as a tuple.
 SIZE_METHODS = frozenset({"view", "reshape", "expand", "permute", "repeat", "tile", "flip"})
@@ -101,6 +104,8 @@ def _is_device_of(x: Any, option: Any) -> bool:
 
 def _spell_function(node: fx.Node) -> None:
     """Methods become functions, and arithmetic becomes `operator`'s."""
+    if node.op == "call_function":
+        node.target = FUNCTIONAL.get(node.target, node.target)
     name = _name(node)
     plain = not node.kwargs and isinstance(node.target, str | _BuiltinFunction)
     if name in ARITHMETIC and plain and len(node.args) <= 2:

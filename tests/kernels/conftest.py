@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.kernels import add_layer_norm, add_rms_norm, glu, layer_norm, linear_cross_entropy, rms_norm, rope
+from fxopt.kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    clamped_swiglu,
+    glu,
+    layer_norm,
+    linear_cross_entropy,
+    relu_squared,
+    rms_norm,
+    rope,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -44,6 +54,10 @@ if INTERPRETED:
         (add_layer_norm._add_layer_norm_backward, add_layer_norm._add_layer_norm_backward_triton),
         (glu._glu, glu._glu_triton),
         (glu._glu_backward, glu._glu_backward_triton),
+        (clamped_swiglu._clamped_swiglu, clamped_swiglu._clamped_swiglu_triton),
+        (clamped_swiglu._clamped_swiglu_backward, clamped_swiglu._clamped_swiglu_backward_triton),
+        (relu_squared._relu_squared, relu_squared._relu_squared_triton),
+        (relu_squared._relu_squared_backward, relu_squared._relu_squared_backward_triton),
         (rope._rope, rope._rope_triton),
         (rope._rope_backward, rope._rope_backward_triton),
         (linear_cross_entropy._linear_cross_entropy, linear_cross_entropy._linear_cross_entropy_triton),

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-OPS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "glu", "rope", "linear_cross_entropy")
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "add_layer_norm",
+    "glu",
+    "clamped_swiglu",
+    "relu_squared",
+    "rope",
+    "linear_cross_entropy",
+)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's")

@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GptOssConfig, MiniMaxM3VLTextConfig
 from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm, Llama4TextRMSNorm
+from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLExperts
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -179,6 +182,83 @@ def test_swiglu_declines_a_broadcast_product():
 
     (miss,) = near_misses(gated, leaf(3, 7, 32, dtype=torch.bfloat16), leaf(3, 7, 1, dtype=torch.bfloat16))
     assert "different shapes" in miss.reason
+
+
+EXPERTS = {
+    "pairs": GptOssExperts(GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=4)),
+    "halves": MiniMaxM3VLExperts(MiniMaxM3VLTextConfig(hidden_size=32, intermediate_size=32, num_local_experts=4)),
+}
+
+
+def assert_proven(op: str, function, *inputs: torch.Tensor) -> None:
+    records = EXACT.run(captured(function, *inputs), Prover())
+    assert [change.op for record in records for change in record.outcome.changes] == [op]
+    assert not [refused for record in records for refused in record.outcome.refused]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_clamped_swiglu_of_experts(layout, dtype):
+    torch.manual_seed(0)
+    joint = (4 * torch.randn(3, 7, 66)).to(dtype).requires_grad_()
+    gated = EXPERTS[layout]._apply_gate
+    assert_rewritten("clamped_swiglu", gated, joint)
+    assert_proven("clamped_swiglu", gated, joint)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "limit", "one", "reason"),
+    [
+        (-5.0, 7.0, 1, "up is clamped to [-5.0, 7.0], not to [-7.0, 7.0]"),
+        (-7.0, 7.0, 2, "up is added to 2, not to 1"),
+    ],
+)
+def test_clamped_swiglu_declines_other_numbers(lowest, limit, one, reason):
+    def gated(gate, up):
+        gate, up = gate.clamp(max=limit), up.clamp(min=lowest, max=limit)
+        return (up + one) * (gate * torch.sigmoid(gate * 1.702))
+
+    (miss,) = near_misses(gated, *(leaf(3, 7, 32, dtype=torch.bfloat16) for _ in range(2)))
+    assert reason in miss.reason
+
+
+def test_clamped_swiglu_declines_a_gate_that_is_clamped_from_below():
+    def gated(gate, up):
+        gate, up = gate.clamp(min=-7.0, max=7.0), up.clamp(min=-7.0, max=7.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+    inputs = [leaf(3, 7, 32, dtype=torch.bfloat16) for _ in range(2)]
+    assert "clamped_swiglu" not in optimized_targets(gated, *inputs)
+    (miss,) = near_misses(gated, *inputs)
+    assert "-7.0 stands where the pattern has None" in miss.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_squared_of_transformers(dtype):
+    torch.manual_seed(0)
+    x = leaf(3, 7, 33, dtype=dtype)
+    assert_rewritten("relu_squared", lambda x: ACT2FN["relu2"](x), x)
+    assert_proven("relu_squared", lambda x: ACT2FN["relu2"](x), x)
+
+
+@pytest.mark.parametrize("spelling", [lambda r: r**2, lambda r: r.pow(2), lambda r: r * r, torch.square])
+def test_relu_squared_in_every_spelling(spelling):
+    torch.manual_seed(0)
+    assert_rewritten("relu_squared", lambda x: spelling(F.relu(x)), leaf(3, 7, 33, dtype=torch.bfloat16))
+
+
+def test_relu_squared_declines_where_the_relu_is_also_used():
+    def squared_and_counted(x):
+        r = F.relu(x)
+        return r.square(), (r > 0).sum()
+
+    (miss,) = near_misses(squared_and_counted, leaf(3, 7, 32, dtype=torch.bfloat16))
+    assert "inside the pattern, is also used by" in miss.reason
+
+
+def test_relu_squared_declines_integers():
+    (miss,) = near_misses(lambda x: F.relu(x).square(), torch.arange(-3, 4))
+    assert "torch.int64, not floating point" in miss.reason
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

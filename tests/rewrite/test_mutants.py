@@ -11,14 +11,16 @@ import torch.nn.functional as F
 
 from fxopt.kernels.add_layer_norm import add_layer_norm
 from fxopt.kernels.add_rms_norm import add_rms_norm
-from fxopt.kernels.glu import geglu, swiglu
+from fxopt.kernels.clamped_swiglu import clamped_swiglu
+from fxopt.kernels.glu import geglu, reglu, swiglu
 from fxopt.kernels.layer_norm import layer_norm
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
+from fxopt.kernels.relu_squared import relu_squared
 from fxopt.kernels.rms_norm import rms_norm
 from fxopt.kernels.rope import rope
 from fxopt.passes.canonicalize import CANONICALIZE
 from fxopt.passes.fuse_add_norm import FuseAddLayerNorm, FuseAddRMSNorm
-from fxopt.passes.fuse_glu import FuseGeGLU, FuseReGLU, FuseSwiGLU
+from fxopt.passes.fuse_glu import FuseClampedSwiGLU, FuseGeGLU, FuseReGLU, FuseSwiGLU
 from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM, FuseLayerNorm
 from fxopt.passes.fuse_linear_cross_entropy import (
     FuseDividedLinearCrossEntropy,
@@ -27,6 +29,7 @@ from fxopt.passes.fuse_linear_cross_entropy import (
     FuseSoftcappedLinearCrossEntropy,
     SliceBeforeLinear,
 )
+from fxopt.passes.fuse_relu_squared import FuseReLUSquared
 from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM, FuseFloat32WeightRMSNorm, FuseRMSNorm, FuseUnweightedRMSNorm
 from fxopt.passes.fuse_rope import FuseComplexRoPE, FusePairsRoPE, FuseRoPE
 from fxopt.passes.share_key_value_heads import ShareKeyValueHeads
@@ -74,6 +77,11 @@ def neighbours_turned(x: Any) -> Any:
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
+def clamped_unit(gate: Any, up: Any) -> Any:
+    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
 def loss(logits: Any, labels: Any) -> Any:
     return F.cross_entropy(logits.float().view(-1, VOCABULARY), labels)
 
@@ -111,6 +119,8 @@ SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor
     FuseSwiGLU: (lambda gate, up: F.silu(gate) * up, gated_inputs),
     FuseGeGLU: (lambda gate, up: F.gelu(gate) * up, gated_inputs),
     FuseReGLU: (lambda gate, up: F.relu(gate) * up, gated_inputs),
+    FuseClampedSwiGLU: (clamped_unit, gated_inputs),
+    FuseReLUSquared: (lambda x: F.relu(x).square(), lambda: gated_inputs()[:1]),
     FuseRoPE: (lambda x, cos, sin: x * cos + turned(x) * sin, rotated_inputs),
     FusePairsRoPE: (lambda x, cos, sin: x * cos + neighbours_turned(x) * sin, rotated_inputs),
     FuseComplexRoPE: (rotated_complex, lambda: [leaf(2, 9, 4, 16), torch.polar(torch.ones(9, 1, 8), leaf(9, 1, 8).float().detach())]),
@@ -161,6 +171,16 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseSwiGLU, "float16 inside", lambda gate, up: swiglu(gate.half(), up.half()).to(gate.dtype)),
     (FuseGeGLU, "by tanh", lambda gate, up: geglu(gate, up, "tanh")),
     (FuseReGLU, "silu", lambda gate, up: swiglu(gate, up)),
+    (FuseClampedSwiGLU, "gate and up swapped", lambda gate, up, alpha, limit: clamped_swiglu(up, gate, alpha, limit)),
+    (FuseClampedSwiGLU, "another alpha", lambda gate, up, alpha, limit: clamped_swiglu(gate, up, alpha * 1.01, limit)),
+    (FuseClampedSwiGLU, "another limit", lambda gate, up, alpha, limit: clamped_swiglu(gate, up, alpha, limit * 1.01)),
+    (FuseClampedSwiGLU, "no gradient of up", lambda gate, up, alpha, limit: clamped_swiglu(gate, up.detach(), alpha, limit)),
+    (FuseClampedSwiGLU, "a gate that is clamped from below", lambda gate, up, alpha, limit: clamped_swiglu(gate.clamp(min=-limit), up, alpha, limit)),
+    (FuseClampedSwiGLU, "SwiGLU", lambda gate, up: swiglu(gate, up + 1)),
+    (FuseReLUSquared, "not squared", lambda x: F.relu(x)),
+    (FuseReLUSquared, "the square of x", lambda x: torch.square(x)),
+    (FuseReLUSquared, "a percent too much", lambda x: relu_squared(x) * 1.01),
+    (FuseReLUSquared, "half the gradient", lambda x: reglu(x, x.detach())),
     (FuseRoPE, "sine and cosine swapped", lambda x, cos, sin: rope(x, sin, cos)),
     (FuseRoPE, "the other way round", lambda x, cos, sin: rope(x, cos, -sin)),
     (FuseRoPE, "one position late", lambda x, cos, sin: rope(x, cos.roll(1, -2), sin.roll(1, -2))),

@@ -115,7 +115,8 @@ class OptimizedForward:
             except Exception as error:
                 logger.info("a call of %s is captured in pieces: %s", self.report.model, _explained(error))
                 self._in_pieces.add(kind)
-                del self._compiled[kind], self.report.graphs[num_graphs:]
+                self._compiled.pop(kind, None)
+                del self.report.graphs[num_graphs:]
         with _dynamo_config():
             return self._graphs_for(kind)(self.original, call)
 

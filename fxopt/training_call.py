@@ -44,6 +44,9 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
     if call.get("past_key_values") is not None:
         return "the call continues a cache"
     config = getattr(model, "config", None)
+    asks_for_tuple = call.get("return_dict", getattr(config, "return_dict", True)) is False
+    if asks_for_tuple and call.get("use_cache") is None and _would_cache(model):
+        return "the call asks for a tuple, with a cache in it"
     for name in ("output_hidden_states", "output_attentions"):
         if getattr(config, name, False):
             return f"the model's config asks for {name}"

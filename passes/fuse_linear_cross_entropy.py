@@ -182,8 +182,8 @@ class FuseSoftcappedLinearCrossEntropy(FuseScaledLinearCrossEntropy):
 
 FUSE_LINEAR_CROSS_ENTROPY = rules_pass(
     "fuse_linear_cross_entropy",
+    ContiguousSliceBeforeLinear,  # before the next, which would leave the copy
     SliceBeforeLinear,
-    ContiguousSliceBeforeLinear,
     FuseLinearCrossEntropy,
     FuseScaledLinearCrossEntropy,
     FuseDividedLinearCrossEntropy,

@@ -94,13 +94,14 @@ def _apply_rules(rules: tuple[type[Rule], ...], graph: fx.Graph, prover: Prover 
     outcome = Outcome()
     for rule in rules:
         outcome.extend(_apply_rule(graph, rule, prover))
-    # One near miss for each place: of variants of a rule, the one that came closest says what is in the way.
-    nearest: dict[fx.Node, NearMiss] = {}
-    for miss in outcome.near_misses:
-        place = miss.nodes[0]
-        if place not in nearest or miss.share > nearest[place].share:
-            nearest[place] = miss
-    outcome.near_misses = list(nearest.values())
+    # One near miss for each place: of all rules, the one that got furthest says what is in the way.
+    told: set[fx.Node] = set()
+    misses = sorted(outcome.near_misses, key=lambda miss: (miss.share, len(miss.nodes)), reverse=True)
+    outcome.near_misses = []
+    for miss in misses:
+        if miss.nodes[0] not in told:
+            outcome.near_misses.append(miss)
+        told.update(miss.nodes)
     return outcome
 
 

@@ -1,0 +1,99 @@
+"""The output head and its loss: rewritten, as accurate, declined with a reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxopt.passes.pipelines import EXACT
+from fxopt.rewrite.prove import Prover
+from tests.captured_graphs import captured, run_optimized, targets
+from tests.passes.rewriting import DTYPES, leaf, near_misses
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_cross_entropy(dtype, reduction):
+    def loss(hidden, weight, labels):
+        logits = F.linear(hidden, weight).float().view(-1, 61)
+        return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
+
+    torch.manual_seed(0)
+    hidden, weight = leaf(3, 7, 32, dtype=dtype), leaf(61, 32, dtype=dtype)
+    labels = torch.randint(0, 61, (21,))
+    labels[::3] = -100
+    graph, fused = run_optimized(EXACT, loss, hidden, weight, labels)
+    assert targets(graph)[-1] == "linear_cross_entropy"
+    plain = loss(hidden, weight, labels)
+    wide = [value.detach().double().requires_grad_() for value in (hidden, weight)]
+    exact = F.cross_entropy(F.linear(*wide).view(-1, 61), labels, reduction=reduction)
+    assert (fused - exact).abs() <= 1.1 * (plain - exact).abs() + 2 * torch.finfo(torch.float32).eps * exact.abs()
+    for g, e, t in zip(
+        torch.autograd.grad(fused, [hidden, weight]),
+        torch.autograd.grad(plain, [hidden, weight]),
+        torch.autograd.grad(exact, wide),
+        strict=True,
+    ):
+        rounding = torch.finfo(dtype).eps / 2 * t.abs().max()
+        assert (g - t).abs().max() <= 1.1 * (e - t).abs().max() + rounding
+
+
+def test_linear_cross_entropy_declines_probabilities_as_labels():
+    def loss(hidden, weight, labels):
+        return F.cross_entropy(F.linear(hidden, weight).float().view(-1, 61), labels)
+
+    inputs = leaf(3, 7, 32, dtype=torch.bfloat16), leaf(61, 32, dtype=torch.bfloat16), torch.rand(21, 61)
+    (miss,) = near_misses(loss, *inputs)
+    assert "not one class" in miss.reason
+
+
+def test_linear_cross_entropy_declines_float16():
+    def loss(hidden, weight, labels):
+        return F.cross_entropy(F.linear(hidden, weight).float().view(-1, 61), labels)
+
+    inputs = leaf(3, 7, 32, dtype=torch.float16), leaf(61, 32, dtype=torch.float16), torch.randint(0, 61, (21,))
+    (miss,) = near_misses(loss, *inputs)
+    assert "float16" in miss.reason
+
+
+def loss_of(logits, labels, **options):
+    return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels, **options)
+
+
+LOSSES = {
+    "scaled": lambda h, w, labels: loss_of(F.linear(h, w) * 0.0625, labels),
+    "divided": lambda h, w, labels: loss_of(F.linear(h, w) / 13.0, labels),
+    "soft-capped": lambda h, w, labels: loss_of(torch.tanh(F.linear(h, w) / 30.0) * 30.0, labels),
+    "soft-capped in float32": lambda h, w, labels: loss_of(15.0 * F.tanh(F.linear(h, w).float() / 15.0), labels),
+    "smoothed": lambda h, w, labels: loss_of(F.linear(h, w), labels, label_smoothing=0.1),
+    "shifted": lambda h, w, labels: loss_of(F.linear(h, w)[..., :-1, :].contiguous(), labels[3:]),
+    "contiguous": lambda h, w, labels: loss_of(F.linear(h, w).contiguous(), labels),
+    "in the dtype of the logits": lambda h, w, labels: F.cross_entropy(F.linear(h, w).view(-1, 61), labels),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_of_every_kind(kind, dtype):
+    torch.manual_seed(0)
+    labels = torch.randint(0, 61, (21,))
+    labels[::3] = -100
+    graph = captured(LOSSES[kind], leaf(3, 7, 32, dtype=dtype), leaf(61, 32, dtype=dtype), labels)
+    records = EXACT.run(graph, Prover())
+    assert not [refused for record in records for refused in record.outcome.refused]
+    assert [change.op for record in records for change in record.outcome.changes][-1] == "linear_cross_entropy"
+    assert not {"tanh", "linear", "cross_entropy"} & set(targets(graph))
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lambda h, w, labels: loss_of(F.linear(h, w) * h.mean(), labels), "scale of the logits is not a number"),
+        (lambda h, w, labels: loss_of(F.linear(h, w) * -1.0, labels), "scale of the logits is -1.0"),
+        (lambda h, w, labels: loss_of(torch.sin(F.linear(h, w)), labels), "`sin`"),
+        (lambda h, w, labels: (loss_of(z := F.linear(h, w), labels), z.argmax(-1)), "also used by"),
+    ],
+)
+def test_losses_that_stay_have_a_reason(loss, reason):
+    inputs = leaf(3, 7, 32, dtype=torch.bfloat16), leaf(61, 32, dtype=torch.bfloat16), torch.randint(0, 61, (21,))
+    (miss,) = near_misses(loss, *inputs)
+    assert reason in miss.reason

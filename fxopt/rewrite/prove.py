@@ -247,13 +247,16 @@ def _values(rewrite: Rewrite) -> dict[str, Any]:
 
 def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewrite: Rewrite) -> dict[str, Any]:
     """Every result and every gradient, by name. The cotangents are the same on each side."""
-    leaves = {
-        name: value.detach().clone().requires_grad_(requires_grad(rewrite.inputs[name]))
-        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-        else value
-        for name, value in inputs.items()
-    }
-    results = run(leaves)
+    leaves: dict[str, Any] = {}
+    names: dict[fx.Node, str] = {}  # where two names are bound to one node, the first
+    for name, value in inputs.items():
+        node = rewrite.inputs[name]
+        if names.setdefault(node, name) != name:
+            continue
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            value = value.detach().clone().requires_grad_(requires_grad(node))
+        leaves[name] = value
+    results = run({name: leaves[names[node]] for name, node in rewrite.inputs.items()})
     named = {f"result {index}": result for index, result in enumerate(results)}
     generator = torch.Generator().manual_seed(SEED + 1)
     # Drawn for every result, so that both sides get the same ones even if they differ in which need a gradient.

@@ -8,6 +8,7 @@ from fxopt.passes.cleanup import CLEANUP
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from tests.captured_graphs import captured, run_optimized, targets
+from tests.passes.rewriting import optimized_targets
 
 X = torch.randn(3, 8)
 
@@ -175,3 +176,19 @@ def test_nothing_is_merged_across_autocast():
 
     _, result = run_optimized(EXACT, function, X)
     assert torch.equal(result, function(X)) and result.abs().max() > 0
+
+
+def test_what_has_nothing_to_do_with_a_write_is_merged():
+    def function(x, y):
+        counted = torch.zeros(8)
+        counted += 1
+        return x.sin() * y, x.sin() + counted
+
+    graph, (product, total) = run_optimized(EXACT, function, X, X)
+    assert targets(graph).count("sin") == 1
+    assert torch.equal(product, X.sin() * X) and torch.equal(total, X.sin() + torch.ones(8))
+
+
+def test_a_copy_of_a_linear_layers_result_goes():
+    assert optimized_targets(lambda x, w: F.linear(x, w).contiguous(), X, torch.randn(4, 8)) == ["linear"]
+    assert "contiguous" in optimized_targets(lambda x: x.t().contiguous(), X)

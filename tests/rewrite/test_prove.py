@@ -68,6 +68,11 @@ def test_the_right_rule_is_proven(rule, code):
     assert proof.num_inputs > 0
 
 
+def test_two_names_may_be_bound_to_one_node():
+    proof = proof_of(FuseSwiGLU, (lambda x: F.silu(x) * x, lambda: GLU[1]()[:1]))
+    assert proof.holds, proof.reason
+
+
 class WrongEpsilon(FuseRMSNorm):
     @staticmethod
     def rewrite(x, weight, eps):

@@ -2,6 +2,7 @@ import operator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxopt.rewrite.graph import cast
@@ -79,3 +80,31 @@ def test_arguments_are_read_by_name(function):
     named = arguments_of(node)
     assert isinstance(named.pop("input"), fx.Node)
     assert named == {"dim": -1, "keepdim": True, "dtype": None}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x[:, 1::2], lambda x: x[..., 1::2], lambda x: x[0:, 1::2], lambda x: x[:, 1:None:2]],
+)
+def test_whole_axes_of_an_index_go_without_saying(function):
+    module, (node,) = spelled(function, X)
+    assert node.args[1] == (Ellipsis, slice(1, None, 2))
+    assert torch.equal(module(X)[0], X[:, 1::2])
+
+
+def test_an_index_that_cuts_another_axis_stays():
+    module, (node,) = spelled(lambda x: x[1:, ::2], X)
+    assert node.args[1] == (slice(1, None), slice(None, None, 2))
+    assert torch.equal(module(X)[0], X[1:, ::2])
+
+
+@pytest.mark.parametrize("function", [F.tanh, torch.tanh, torch.Tensor.tanh])
+def test_functional_tanh_is_tanh(function):
+    _, (node,) = spelled(lambda x: function(x), X)
+    assert node.target is torch.tanh
+
+
+@pytest.mark.parametrize("function", [lambda x: x.flip(-1), lambda x: x.flip((0, 1)), lambda x: x.tile(2, 1)])
+def test_sizes_that_only_methods_take_one_by_one(function):
+    module, _ = spelled(function, X)
+    assert torch.equal(module(X)[0], function(X))

@@ -176,11 +176,17 @@ def _without_cheap_results(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _dynamo_config(**options: bool) -> Any:
     """A context in which Dynamo captures a call in as few graphs as it can."""
-    # transformers' `logger.warning_once`, which only the original forward calls. Any logging breaks a graph in two; the
-    # advice about `loss_type` would come between the output head and its loss.
-    logging_once = {getattr(logging.Logger, name, None) for name in ("warning_once", "info_once")} - {None}
-    changes = {**options, "ignore_logging_functions": logging_once, "nested_graph_breaks": True}
-    return torch._dynamo.config.patch({name: v for name, v in changes.items() if hasattr(torch._dynamo.config, name)})
+    options["nested_graph_breaks"] = True
+    changes: dict[str, Any] = {n: v for n, v in options.items() if hasattr(torch._dynamo.config, n)}
+    if _IGNORES_LOGGING and hasattr(logging.Logger, "warning_once"):
+        # transformers' advice that it gives once, and that the original forward still gives. Any logging breaks a graph
+        # in two; the advice about `loss_type` would come between the output head and its loss.
+        changes["ignore_logging_functions"] = {logging.Logger.warning_once}
+    return torch._dynamo.config.patch(changes)
+
+
+# Before, Dynamo complains in its log that it cannot write such a configuration down.
+_IGNORES_LOGGING = torch.__version__ >= "2.13"
 
 
 _counter = itertools.count()

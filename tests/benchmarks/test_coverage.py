@@ -1,0 +1,61 @@
+"""The coverage run on a few types that are unlike each other; `make coverage` runs it on all."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import coverage
+from benchmarks.census import count_ops, count_sites
+from benchmarks.tiny_causal_lms import tiny_config
+from fxopt.kernels.add_rms_norm import add_rms_norm
+
+TYPES = ("bart", "cohere", "deepseek_v3", "gemma2", "gpt_oss", "gptj", "jetmoe", "llama4", "olmo2", "phi3")
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_everything_is_rewritten_and_trains_alike(model_type):
+    row = coverage.cover(model_type)
+    assert row["status"] == "trained", row
+    for policy in coverage.POLICIES:
+        found = row[policy]
+        assert not found["violations"] and not found["refused"] and not found["fallbacks"], found
+        missed = {kind: row["sites"].get(kind, 0) - found["hits"][kind] for kind in coverage.OPS_OF}
+        assert not any(count > 0 for count in missed.values()), (missed, found["near_misses"])
+
+
+def test_a_type_that_cannot_be_built_costs_its_row_only(monkeypatch):
+    row = coverage.cover("git")  # a vision model, without pictures
+    assert row["status"] == "outside" and row["reason"]
+    rows = [row, coverage.cover("gptj")]
+    assert "1 of 2 types trained" in coverage.summary(rows)
+    assert any(line.startswith("git: outside") for line in coverage.reasons(rows))
+    assert coverage.table(rows).row_count == 2
+
+
+def test_configurations_are_small():
+    for model_type in TYPES:
+        text = tiny_config(model_type).get_text_config(decoder=True)
+        assert text.vocab_size <= 400, model_type
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = F.silu(self.first(self.norm(x))) * self.second(x)
+        return F.cross_entropy(F.rms_norm(x, (8,)), torch.zeros(3, dtype=torch.int64)) + F.silu(x).sum()
+
+
+def test_the_census_counts_what_runs():
+    block = Block()
+    found = count_sites(block, lambda: block(torch.randn(3, 8)))
+    assert found == {"norm": 2, "gated activation": 1, "loss": 1}
+
+
+def test_an_op_inside_an_op_does_not_count():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8)
+    assert count_ops(lambda: add_rms_norm(x, x, weight, 1e-5)) == {"add_rms_norm": 1}

@@ -109,7 +109,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
     """x * cos + rotated * sin, differentiable once in x, cos and sin.
 
     Args:
-        x: (B, H, S, D), D even, any floating dtype and any strides.
+        x: (B, H, S, D), or with fewer axes before D, which is even; any floating dtype and any strides.
         cos: broadcastable to x, with last dimension D, in the order of the result, or D/2, one entry for each pair;
             (1, 1, S, D) or (B, 1, S, D) in transformers. Any floating dtype: float32 beside a bfloat16 x, for instance.
         sin: as cos, with the same last dimension.
@@ -117,18 +117,18 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
             writes halves.
 
     Returns:
-        (B, H, S, D), in x's dtype, with x's strides where x is dense.
+        As x in shape and dtype, with x's strides where x is dense.
 
     Raises:
-        ValueError: x does not have four dimensions or D is odd, cos or sin does not fit x, or the layout is another.
+        ValueError: x has more than four dimensions or D is odd, cos or sin does not fit x, or the layout is another.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"rope: layout is {layout!r}; it must be one of {', '.join(map(repr, LAYOUTS))}")
-    if x.dim() != 4 or x.shape[-1] == 0 or x.shape[-1] % 2:
-        raise ValueError(f"rope: x has shape {tuple(x.shape)}; it must be (B, H, S, D) with an even D > 0")
+    if not 1 <= x.dim() <= 4 or x.shape[-1] == 0 or x.shape[-1] % 2:
+        raise ValueError(f"rope: x has shape {tuple(x.shape)}; it must be (B, H, S, D), or less, with an even D > 0")
     D = x.shape[-1]
     for name, table in (("cos", cos), ("sin", sin)):
-        fits = 1 <= table.dim() <= 4 and table.shape[-1] in (D, D // 2)
+        fits = 1 <= table.dim() <= x.dim() and table.shape[-1] in (D, D // 2)
         leading = zip(reversed(table.shape[:-1]), reversed(x.shape[:-1]), strict=False)
         if not fits or not all(n in (1, m) for n, m in leading):
             raise ValueError(
@@ -137,7 +137,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
             )
     if cos.shape[-1] != sin.shape[-1]:
         raise ValueError(f"rope: cos has last dimension {cos.shape[-1]} and sin {sin.shape[-1]}; they must be equal")
-    return torch.ops.fxopt.rope(x, cos, sin, layout)
+    missing = (None,) * (4 - x.dim())
+    y: Tensor = torch.ops.fxopt.rope(x[missing], cos, sin, layout)
+    return y.view(x.shape) if missing else y
 
 
 @torch.library.custom_op("fxopt::rope", mutates_args=())

@@ -78,8 +78,12 @@ def is_mode_switch(node: fx.Node) -> bool:
     return (
         in_functorch
         or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
-        or (value_of(node) is None and not isinstance(node.target, torch._ops.OpOverload) and not node.users)
+        or (not isinstance(node.target, torch._ops.OpOverload) and not is_mutating(node) and _has_only_an_effect(node))
     )
+
+
+def _has_only_an_effect(node: fx.Node) -> bool:
+    return value_of(node) is None and not node.users
 
 
 def storages_written(graph: fx.Graph) -> dict[int, fx.Node]:

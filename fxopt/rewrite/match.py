@@ -304,8 +304,9 @@ def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -
         if isinstance(value, fx.Node) and nodes_to_move_up(value, first_result) is None:
             return f"`{name}` is computed after `{first_result.name}`, which is needed before"
     for node in (*match.nodes, *(value for value in match.bindings.values() if isinstance(value, fx.Node))):
-        if any(storage in written and written[storage] > match.nodes[0] for storage in storages_of(node)):
-            return f"`{node.name}` is written to in place later in the graph"
+        read = min((user for user in node.users if user in inside), default=node)
+        if any(storage in written and written[storage] > read for storage in storages_of(node)):
+            return f"`{node.name}` is written to in place after it is read"
     between = match.nodes[0]
     while between is not match.anchor:
         if is_mode_switch(between):

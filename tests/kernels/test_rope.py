@@ -266,9 +266,19 @@ def test_a_second_derivative_is_an_error(device: str) -> None:
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fewer_axes(layout: str, device: str) -> None:
+    x, cos, sin = inputs(1, 2, 3, 8, dtype=torch.bfloat16, device=device)
+    expected = rope(x, cos, sin, layout)
+    assert torch.equal(rope(x[0], cos[0], sin[0], layout), expected[0])
+    assert torch.equal(rope(x[0, 1], cos[0, 0], sin[0, 0], layout), expected[0, 1])
+    (gradient,) = torch.autograd.grad(rope(x[0], cos[0], sin[0], layout).sum(), x)
+    assert torch.equal(gradient, torch.autograd.grad(expected.sum(), x)[0])
+
+
 def test_errors() -> None:
     x, table = torch.ones(2, 3, 5, 8), torch.ones(1, 1, 5, 8)
-    with pytest.raises(ValueError, match=r"must be \(B, H, S, D\) with an even D"):
+    with pytest.raises(ValueError, match=r"must be \(B, H, S, D\), or less, with an even D"):
         rope(torch.ones(2, 3, 5, 7), table, table)
     with pytest.raises(ValueError, match=r"sin has shape .* it must broadcast to x"):
         rope(x, table, torch.ones(1, 1, 4, 8))

@@ -93,13 +93,23 @@ def test_the_deepest_mismatch_is_reported():
 
 def test_a_write_between_the_nodes_declines():
     def function(x, y):
+        inner = x * 3.0 + y
+        y.add_(1)
+        return torch.tanh(inner)
+
+    matches, (near_miss,) = found(FuseTanh, function, X, Y.clone())
+    assert not matches
+    assert "written to in place after" in near_miss.reason
+
+
+def test_a_write_before_everything_that_reads_does_not():
+    def function(x, y):
         inner = x * 3.0
         y.add_(1)
         return torch.tanh(inner + y)
 
-    matches, (near_miss,) = found(FuseTanh, function, X, Y.clone())
-    assert not matches
-    assert "written to in place" in near_miss.reason
+    (match,), near_misses = found(FuseTanh, function, X, Y.clone())
+    assert match.anchor.target is torch.tanh and not near_misses
 
 
 def test_matches_do_not_overlap():

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,23 @@ def main(arguments: list[str] | None = None) -> int:
             progress.console.print(f"{row['type']}: {row['status']} in {row['seconds']:.0f} s", highlight=False)
             progress.advance(task)
     rows.sort(key=lambda row: names.index(row["type"]))
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    run = {"versions": versions, "rows": rows}
+    if options.save:
+        options.save.write_text(json.dumps(run, indent=2))
     if options.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(run, indent=2))
     else:
         console.print(table(rows))
         for line in reasons(rows):
             console.print(line, markup=False, highlight=False)
+        console.print(" and ".join(f"{name} {number}" for name, number in versions.items()))
         console.print(summary(rows))
+    if options.against:
+        other = json.loads(options.against.read_text())
+        console.print(f"what differs from {options.against}, a run with {other['versions']}:", highlight=False)
+        for line in differences(other["rows"], rows):
+            console.print(line, markup=False, highlight=False)
     return int(any(row["status"] == "crashed" for row in rows))
 
 
@@ -193,6 +204,25 @@ def reasons(rows: list[Row]) -> list[str]:
     return lines
 
 
+def differences(before: list[Row], after: list[Row]) -> list[str]:
+    """What another run found otherwise, a line for each type: its status, its graphs, its hits."""
+    known = {row["type"]: row for row in before}
+    lines = [f"{name}: not in the registry any more" for name in known.keys() - {row["type"] for row in after}]
+    for row in after:
+        other = known.get(row["type"], {"status": "not in the registry"})
+        found = [f"{other['status']} → {row['status']}"] if other["status"] != row["status"] else []
+        for policy in POLICIES:
+            was, is_now = other.get(policy), row.get(policy)
+            if was and is_now:
+                pairs = {kind: (was["hits"][kind], is_now["hits"][kind]) for kind in OPS_OF}
+                pairs |= {"graphs": (was["graphs"], is_now["graphs"])}
+                pairs |= {"less accurate": (len(was["violations"]), len(is_now["violations"]))}
+                found += [f"{policy} {name} {old} → {new}" for name, (old, new) in pairs.items() if old != new]
+        if found:
+            lines.append(f"{row['type']}: {', '.join(found)}")
+    return lines
+
+
 def summary(rows: list[Row]) -> str:
     trained = [row for row in rows if row["status"] == "trained"]
     shares = []
@@ -216,6 +246,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--timeout", type=float, default=100.0, help="seconds for one model")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to FILE too")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="say what differs from the run saved in FILE")
     return parser.parse_args(arguments)
 
 

@@ -38,7 +38,7 @@ class FuseRoPE(Rule):
 
 
 def check_rotation(x: fx.Node, cos: fx.Node, sin: fx.Node, dtype: torch.dtype) -> None:
-    """What all rotations need: four axes at most, a result that is not narrower, and tables that cover the last axis."""
+    """What all rotations need: at most four axes, a result that is not narrower, tables that cover the last axis."""
     width = shape_of(x)[-1]
     require(len(shape_of(x)) <= 4, f"the input has {len(shape_of(x))} axes")
     wider = torch.promote_types(value_of(x).dtype, dtype) == dtype

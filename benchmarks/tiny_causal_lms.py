@@ -75,6 +75,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
+    "hunyuan_v1_moe": {"num_experts": 4},
     "longcat_flash": {"moe_topk": 8},
     "mamba2": {"num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
@@ -92,7 +93,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 2 * WIDTH,
         "attention_head_dim": 2 * WIDTH // HEADS,
     },
-    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * WIDTH // HEADS,
+    },
+    "zaya": {"num_experts_per_tok": 1},  # it allows no other number
 }
 
 

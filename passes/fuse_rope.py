@@ -30,6 +30,7 @@ class FuseRoPE(Rule):
     @staticmethod
     def check(x: fx.Node, cos: fx.Node, sin: fx.Node, half: int, dtype: torch.dtype) -> None:
         check_rotation(x, cos, sin, dtype)
+        require(isinstance(half, int), "the rotation splits at a size that varies")
         require(2 * half == shape_of(x)[-1], f"the rotation splits {shape_of(x)[-1]} at {half}, not in halves")
 
     @staticmethod

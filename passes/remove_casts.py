@@ -1,8 +1,9 @@
 """Dtype conversions that cannot change a value.
 
 Removed are: a cast to the dtype a tensor already has; the narrow-back of a widening (bf16 → fp32 → bf16 is the
-tensor itself); and the first of two widenings (bf16 → fp32 → fp64 is bf16 → fp64). Removing a *narrowing* cast
-changes values, so such casts stay.
+tensor itself); the first of two widenings (bf16 → fp32 → fp64 is bf16 → fp64); and a widening before an operation
+that is told to widen its input, such as a router's softmax. Removing a *narrowing* cast changes values, so such casts
+stay.
 """
 
 from __future__ import annotations
@@ -23,9 +24,17 @@ WIDER: dict[torch.dtype, frozenset[torch.dtype]] = {
 }
 
 
+# What casts its input by itself, where it is told to.
+CASTING = frozenset(
+    {torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax, torch.sum, torch.mean}
+)
+
+
 def remove_casts(graph: fx.Graph) -> None:
     """Remove every cast whose absence cannot be seen in any value."""
     for node in list(graph.nodes):
+        if node.target in CASTING:
+            _take_uncast_input(node)
         if node.target is not cast:
             continue
         source, dtype = node.args
@@ -38,6 +47,17 @@ def remove_casts(graph: fx.Graph) -> None:
         if dtype_of(source) == dtype:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _take_uncast_input(node: fx.Node) -> None:
+    """softmax(x.float(), dtype=torch.float32) widens x itself, so the copy of it is not needed."""
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and source.target is cast and node.kwargs.get("dtype") == source.args[1]:
+        origin = source.args[0]
+        if isinstance(origin, fx.Node) and _widens(origin, source):
+            node.args = (origin, *node.args[1:])
+            if not source.users:
+                source.graph.erase_node(source)
 
 
 def _widens(before: Any, after: fx.Node) -> bool:

@@ -22,6 +22,8 @@ X = torch.randn(3, 8)
         (lambda x: x.double().float() + 1, ["add"]),  # widened and narrowed back
         (lambda x: x.bfloat16().half() + 1, ["cast", "cast", "add"]),  # float16 does not hold every bfloat16
         (lambda x: x.bfloat16().float() + 1, ["cast", "cast", "add"]),  # narrowing changes values
+        (lambda x: F.softmax(x.bfloat16().float(), -1, dtype=torch.float32), ["cast", "softmax"]),  # widens by itself
+        (lambda x: F.softmax(x.bfloat16().float(), -1), ["cast", "cast", "softmax"]),
     ],
 )
 def test_only_redundant_casts_go(function, expected):

@@ -59,7 +59,15 @@ def loss_of(logits, labels, **options):
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels, **options)
 
 
+def with_z_loss(logits, labels):
+    rows = logits.float().view(-1, logits.shape[-1])
+    counts = labels != -100
+    z_loss = (torch.logsumexp(rows, dim=-1) ** 2 * counts).sum() / counts.sum()
+    return F.cross_entropy(rows, labels) + 1e-4 * z_loss
+
+
 LOSSES = {
+    "with z-loss": lambda h, w, labels: with_z_loss(F.linear(h, w), labels),
     "scaled": lambda h, w, labels: loss_of(F.linear(h, w) * 0.0625, labels),
     "divided": lambda h, w, labels: loss_of(F.linear(h, w) / 13.0, labels),
     "soft-capped": lambda h, w, labels: loss_of(torch.tanh(F.linear(h, w) / 30.0) * 30.0, labels),

@@ -25,6 +25,7 @@ from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM, FuseLayerNorm
 from fxopt.passes.fuse_linear_cross_entropy import (
     FuseDividedLinearCrossEntropy,
     FuseLinearCrossEntropy,
+    FuseLinearCrossEntropyWithZLoss,
     FuseScaledLinearCrossEntropy,
     FuseSoftcappedLinearCrossEntropy,
     SliceBeforeLinear,
@@ -86,6 +87,11 @@ def loss(logits: Any, labels: Any) -> Any:
     return F.cross_entropy(logits.float().view(-1, VOCABULARY), labels)
 
 
+def loss_with_z(rows: Any, labels: Any) -> Any:
+    counts = labels != -100
+    return F.cross_entropy(rows, labels) + 1e-3 * ((rows.logsumexp(-1).pow(2) * counts).sum() / counts.sum())
+
+
 def residual_rms(x: Any, residual: Any, weight: Any) -> Any:
     summed = x + residual
     return summed * 2, weight * rms(summed).to(x.dtype)
@@ -129,6 +135,10 @@ SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor
     FuseDividedLinearCrossEntropy: (lambda h, w, b, labels: loss(F.linear(h, w, b) / 4.0, labels), loss_inputs),
     FuseSoftcappedLinearCrossEntropy: (
         lambda h, w, b, labels: loss(torch.tanh(F.linear(h, w, b) / 3.0) * 3.0, labels),
+        loss_inputs,
+    ),
+    FuseLinearCrossEntropyWithZLoss: (
+        lambda h, w, b, labels: loss_with_z(F.linear(h, w, b).float().view(-1, VOCABULARY), labels),
         loss_inputs,
     ),
     SliceBeforeLinear: (lambda h, w, b, labels: F.linear(h, w, b)[..., :-1, :] * 2, loss_inputs),
@@ -199,6 +209,8 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseDividedLinearCrossEntropy, "times", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, logit_scale=scale)),
     (FuseSoftcappedLinearCrossEntropy, "no cap", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias)),
     (FuseSoftcappedLinearCrossEntropy, "another cap", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, softcap=scale * 1.01)),
+    (FuseLinearCrossEntropyWithZLoss, "no z-loss", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias)),
+    (FuseLinearCrossEntropyWithZLoss, "half of it", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, z_loss=scale / 2)),
     (SliceBeforeLinear, "the other rows", lambda hidden, weight, bias: F.linear(hidden[..., 1:, :], weight, bias)),
     (ShareKeyValueHeads, "keys for values", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key, key, is_causal=causal, enable_gqa=True)),
     (ShareKeyValueHeads, "not causal", lambda query, key, value: F.scaled_dot_product_attention(query, key, value, enable_gqa=True)),

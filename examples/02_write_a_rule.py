@@ -1,4 +1,4 @@
-"""Write a rule of your own: the squared ReLU of Nemotron as one op that saves one tensor instead of two.
+"""Write a rule of your own: the quick GELU of CLIP and its kin as one op that saves one tensor instead of three.
 
 A rule is three small functions: the code to find, as it stands in the modelling file; the words in which it declines;
 the op that takes its place. fxopt finds the places, proves each one, forward and backward, and reports.
@@ -7,9 +7,8 @@ the op that takes its place. fxopt finds the places, proves each one, forward an
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
-from transformers import NemotronConfig, NemotronForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import fxopt
 from fxopt.passes.pipelines import EXACT
@@ -17,61 +16,63 @@ from fxopt.rewrite.graph import dtype_of
 from fxopt.rewrite.match import Rule, require
 
 
-@torch.library.custom_op("examples::relu_squared", mutates_args=())
-def _relu_squared(x: torch.Tensor) -> torch.Tensor:
-    return x.relu().square_()
+@torch.library.custom_op("examples::quick_gelu", mutates_args=())
+def _quick_gelu(x: torch.Tensor, alpha: float) -> torch.Tensor:
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (h * torch.sigmoid(alpha * h)).to(x.dtype)
 
 
-@_relu_squared.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
+@_quick_gelu.register_fake
+def _(x: torch.Tensor, alpha: float) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+def _save(ctx: Any, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
+    x, ctx.alpha = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
     (x,) = ctx.saved_tensors
-    return 2 * x.relu() * dy
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    sigmoid = torch.sigmoid(ctx.alpha * h)
+    return (dy * sigmoid * (1 + ctx.alpha * h * (1 - sigmoid))).to(x.dtype), None
 
 
-_relu_squared.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_quick_gelu.register_autograd(_backward, setup_context=_save)
 
 
-def relu_squared(x: torch.Tensor) -> torch.Tensor:
-    """relu(x)², of any shape."""
-    return _relu_squared(x)
+def quick_gelu(x: torch.Tensor, alpha: float) -> torch.Tensor:
+    """x * sigmoid(alpha * x), of any shape."""
+    return _quick_gelu(x, alpha)
 
 
-class FuseReLUSquared(Rule):
-    """relu(x)²
+class FuseQuickGELU(Rule):
+    """x * sigmoid(alpha * x)
 
-    Source: transformers.activations.ReLUSquaredActivation.forward.
+    Source: transformers.activations.QuickGELUActivation.forward.
     """
 
     @staticmethod
-    def pattern(x: Any) -> Any:
-        return torch.square(F.relu(x))
+    def pattern(x: Any, alpha: Any) -> Any:
+        return x * torch.sigmoid(alpha * x)
 
     @staticmethod
-    def check(x: fx.Node) -> None:
+    def check(x: fx.Node, alpha: Any) -> None:
+        require(isinstance(alpha, float), "alpha is not a number")
         require(dtype_of(x) in (torch.bfloat16, torch.float32), f"the input is {dtype_of(x)}")
 
     @staticmethod
-    def rewrite(x: Any) -> Any:
-        return relu_squared(x)
+    def rewrite(x: Any, alpha: Any) -> Any:
+        return quick_gelu(x, alpha)
 
 
 torch.manual_seed(0)
-config = NemotronConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-model = fxopt.optimize(NemotronForCausalLM(config), "bf16", pipeline=EXACT.with_rules(FuseReLUSquared))
+config = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, activation_function="quick_gelu")
+model = fxopt.optimize(GPT2LMHeadModel(config), "bf16", pipeline=EXACT.with_rules(FuseQuickGELU))
 tokens = torch.randint(0, config.vocab_size, (4, 32))
 model(input_ids=tokens, labels=tokens).loss.backward()
 
 report = fxopt.report(model)
 print(report)
-assert report.hits["relu_squared"] == 2, report.hits
+assert report.hits["quick_gelu"] == 2, report.hits

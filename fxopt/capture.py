@@ -107,18 +107,27 @@ class OptimizedForward:
 
     def _run_captured(self, kind: Hashable, call: dict[str, Any]) -> Any:
         """The call through its graphs: with sizes that depend on data inside them, or where that fails without."""
-        if kind not in self._in_pieces:
-            num_graphs = len(self.report.graphs)
+        if kind in self._in_pieces:
+            with _dynamo_config():
+                return self._graphs_for(kind)(self.original, call)
+        num_graphs = len(self.report.graphs)
+        try:
+            with _dynamo_config(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+                return self._graphs_for(kind)(self.original, call)
+        except Exception as error:
+            whole, graphs = self._compiled.pop(kind, None), self.report.graphs[num_graphs:]
+            del self.report.graphs[num_graphs:]
             try:
-                with _dynamo_config(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
-                    return self._graphs_for(kind)(self.original, call)
-            except Exception as error:
-                logger.info("a call of %s is captured in pieces: %s", self.report.model, _explained(error))
-                self._in_pieces.add(kind)
-                self._compiled.pop(kind, None)
-                del self.report.graphs[num_graphs:]
-        with _dynamo_config():
-            return self._graphs_for(kind)(self.original, call)
+                with _dynamo_config():
+                    outputs = self._graphs_for(kind)(self.original, call)
+            except Exception:
+                if whole is not None:  # not the graphs' fault, it seems
+                    self._compiled[kind] = whole
+                    self.report.graphs[num_graphs:] = graphs
+                raise
+            logger.info("a call of %s is captured in pieces: %s", self.report.model, _explained(error))
+            self._in_pieces.add(kind)
+            return outputs
 
     def _graphs_for(self, kind: Hashable) -> Callable[..., Any]:
         """What runs calls of one kind. Each kind has a code object of its own, since Dynamo's cache is small."""

@@ -242,8 +242,8 @@ def _recompute(ctx) -> Tensor:
 def _backward(ctx, dy: Tensor | None, *_: None):
     if dy is None:
         return None, None, None, None
-    dx, dweight, dbias = torch.ops.fxopt.layer_norm_backward(dy, *ctx.saved_tensors)
-    *_, weight, bias = ctx.saved_tensors
+    x, mean, rstd, weight, bias = ctx.saved_tensors  # once: activation checkpointing gives them out no second time
+    dx, dweight, dbias = torch.ops.fxopt.layer_norm_backward(dy, x, mean, rstd, weight, bias)
     return dx, None if weight is None else dweight, None if bias is None else dbias, None
 
 

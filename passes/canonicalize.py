@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.rewrite.graph import is_mode_switch, is_mutating, is_random, storages_of, storages_written, tensor_of
+from fxopt.rewrite.graph import (
+    inner_graphs,
+    is_mode_switch,
+    is_mutating,
+    is_random,
+    storages_of,
+    storages_written,
+    tensor_of,
+)
 from fxopt.rewrite.pipeline import simple_pass
 from fxopt.rewrite.spelling import spell_out
 
@@ -55,6 +63,7 @@ def merge_equal_nodes(graph: fx.Graph) -> None:
     """Compute once what is computed twice from the same inputs, under the same autograd, autocast and vmap state."""
     seen: dict[Any, fx.Node] = {}
     written = storages_written(graph).keys()
+    leaving = _leaving(graph)
     mode = 0
     for node in list(graph.nodes):
         if is_mode_switch(node):
@@ -62,16 +71,28 @@ def merge_equal_nodes(graph: fx.Graph) -> None:
             continue
         if node.op not in ("call_function", "call_method"):
             continue
-        if node.is_impure() or is_random(node) or is_mutating(node):
+        if node.is_impure() or is_random(node) or is_mutating(node) or inner_graphs(node):
             continue
         if any(storages_of(part) & written for part in (node, *node.all_input_nodes)):
             continue  # what is written to may be another thing the second time
         key = (mode, node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
-        if key in seen:
+        if key in seen and not (node in leaving and seen[key] in leaving):
             node.replace_all_uses_with(seen[key])
             graph.erase_node(node)
         else:
             seen[key] = node
+
+
+def _leaving(graph: fx.Graph) -> set[fx.Node]:
+    """The graph's results and what they are views of. Outside, one of two may be written to: they must stay two."""
+    found: set[fx.Node] = set()
+    pending = [node for output in graph.find_nodes(op="output") for node in output.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [source for source in node.all_input_nodes if storages_of(source) & storages_of(node)]
+    return found
 
 
 def _hashable(value: Any) -> Any:

@@ -74,9 +74,9 @@ class FuseLinearCrossEntropy(Rule):
         require(not dtype_of(labels).is_floating_point, "the labels are probabilities")  # type: ignore[union-attr]
 
     @staticmethod
-    def examples(ignore_index: int) -> dict[str, Callable[..., torch.Tensor]]:
+    def examples(ignore_index: int, vocabulary: int) -> dict[str, Callable[..., torch.Tensor]]:
         def some_ignored(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-            labels = torch.randint(0, 32, shape, generator=generator, dtype=dtype)
+            labels = torch.randint(0, min(32, vocabulary), shape, generator=generator, dtype=dtype)
             return labels.masked_fill_(torch.rand(shape, generator=generator) < 0.3, ignore_index)
 
         return {"labels": some_ignored}

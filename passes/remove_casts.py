@@ -8,12 +8,13 @@ stay.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxopt.rewrite.graph import cast, dtype_of
+from fxopt.rewrite.graph import cast, dtype_of, storages_of, storages_written
 from fxopt.rewrite.pipeline import simple_pass
 
 # Which dtypes hold every value of the dtype on the left.
@@ -32,12 +33,15 @@ CASTING = frozenset(
 
 def remove_casts(graph: fx.Graph) -> None:
     """Remove every cast whose absence cannot be seen in any value."""
+    written = storages_written(graph).keys()
     for node in list(graph.nodes):
         if node.target in CASTING:
-            _take_uncast_input(node)
+            _take_uncast_input(node, written)
         if node.target is not cast:
             continue
         source, dtype = node.args
+        if _any_written(written, node, source, *getattr(source, "all_input_nodes", ())):
+            continue  # a copy of what is written to later, or one that is written to itself, is not redundant
         if dtype_of(source) != dtype and isinstance(source, fx.Node) and source.target is cast:
             origin = source.args[0]
             if _widens(origin, source):
@@ -49,12 +53,16 @@ def remove_casts(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _take_uncast_input(node: fx.Node) -> None:
+def _any_written(written: Collection[int], *nodes: Any) -> bool:
+    return any(storage in written for node in nodes for storage in storages_of(node))
+
+
+def _take_uncast_input(node: fx.Node, written: Collection[int]) -> None:
     """softmax(x.float(), dtype=torch.float32) widens x itself, so the copy of it is not needed."""
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and source.target is cast and node.kwargs.get("dtype") == source.args[1]:
         origin = source.args[0]
-        if isinstance(origin, fx.Node) and _widens(origin, source):
+        if isinstance(origin, fx.Node) and _widens(origin, source) and not _any_written(written, origin, source):
             node.args = (origin, *node.args[1:])
             if not source.users:
                 source.graph.erase_node(source)

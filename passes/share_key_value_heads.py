@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 
@@ -44,6 +46,17 @@ class ShareKeyValueHeads(Rule):
         require(dropout == 0.0, "attention drops out at random, so the rewrite cannot be proven")
         require(shape_of(key)[-1] == shape_of(value)[-1], "keys and values have different widths")
         require(shape_of(query)[1] % shape_of(key)[1] == 0, "the key heads do not divide the query heads")
+
+    @staticmethod
+    def examples() -> dict[str, Callable[..., torch.Tensor]]:
+        def some_masked(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+            visible = torch.rand(shape, generator=generator) < 0.7
+            visible[..., 0, :] = False  # a row that is masked as a whole
+            if dtype == torch.bool:
+                return visible
+            return torch.zeros(shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+        return {"mask": some_masked}
 
     @staticmethod
     def rewrite(query: Any, key: Any, value: Any, mask: Any, causal: Any, scale: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ MUTATING_OPERATORS = frozenset(
     getattr(operator, name)
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 )
+RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "exponential", "rrelu")
 # In Dynamo's names of sources, what is not part of a path in the model.
 DYNAMO_WORDS = frozenset({"L", "G", "forward", "__self__", "call", "_modules", "_parameters", "_buffers"})
 
@@ -55,17 +57,51 @@ def requires_grad(node: Any) -> bool:
 
 def is_mutating(node: fx.Node) -> bool:
     """Whether a node writes into one of its inputs."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return False
-    if node.target in MUTATING_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace") is True:
-        return True
+    return bool(nodes_written(node))
+
+
+def nodes_written(node: fx.Node) -> list[fx.Node]:
+    """The inputs that a node writes into; all of them where it does not say which."""
+    if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
+        return []
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if "out" in node.kwargs:
+        return _nodes_in(node.kwargs["out"])
+    if name.endswith("_") and not name.endswith("__"):
+        return _nodes_in(node.args[0]) if node.args else node.all_input_nodes
+    if node.target in MUTATING_OPERATORS:
+        return _nodes_in(node.args[0])
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+        return node.all_input_nodes if node.target._schema.is_mutable else []
+    if any(is_mutating(inner) for module in inner_graphs(node) for inner in module.graph.nodes):
+        return node.all_input_nodes
+    if inspect.isfunction(node.target):
+        arguments = _bound(node)
+        if arguments.get("inplace") is True:
+            return node.all_input_nodes[:1]
+        if arguments.get("training", arguments.get("use_input_stats")):
+            return _nodes_in([arguments.get("running_mean"), arguments.get("running_var")])
+    return []
+
+
+def _bound(node: fx.Node) -> dict[str, Any]:
+    assert inspect.isfunction(node.target)
+    try:
+        return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments
+    except TypeError:
+        return dict(node.kwargs)
+
+
+def _nodes_in(value: Any) -> list[fx.Node]:
+    return [node for node in tree_leaves(value) if isinstance(node, fx.Node)]
+
+
+def inner_graphs(node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a node runs: the body of activation checkpointing, the branches of a condition."""
+    owner = node.graph.owning_module
+    attributes = (source.target for source in node.all_input_nodes if source.op == "get_attr")
+    found = (getattr(owner, str(name), None) for name in attributes)
+    return [module for module in found if isinstance(module, fx.GraphModule)]
 
 
 def is_mode_switch(node: fx.Node) -> bool:
@@ -88,8 +124,8 @@ def _has_only_an_effect(node: fx.Node) -> bool:
 
 def storages_written(graph: fx.Graph) -> dict[int, fx.Node]:
     """The storages that some node of `graph` writes to, by identity, and the last node that does."""
-    writers = (node for node in graph.nodes if is_mutating(node) and node.all_input_nodes)
-    return {storage: node for node in writers for storage in storages_of(node.all_input_nodes[0])}
+    writes = ((node, target) for node in graph.nodes for target in nodes_written(node))
+    return {storage: node for node, target in writes for storage in storages_of(target)}
 
 
 def storages_of(node: Any) -> frozenset[int]:
@@ -107,7 +143,10 @@ def _outside_vmap(value: torch.Tensor) -> torch.Tensor:
 def is_random(node: fx.Node) -> bool:
     """Whether two runs of the node may differ."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return any(word in name for word in ("rand", "dropout", "bernoulli", "multinomial", "normal_", "exponential"))
+    if name == "scaled_dot_product_attention":
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(dropout != 0.0)
+    return any(word in name for word in RANDOM)
 
 
 def remove_dead_code(graph: fx.Graph) -> None:

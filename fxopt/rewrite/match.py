@@ -80,6 +80,10 @@ class Rule:
         for name in ("pattern", "rewrite"):
             if not callable(getattr(cls, name, None)):
                 raise TypeError(f"rule {cls.__name__} has no `{name}`; see fxopt.rewrite.match.Rule")
+        if not cls.op and not ops_called_by(cls.rewrite):
+            raise TypeError(
+                f"rule {cls.__name__}: `rewrite` calls no function by a global name; say in `op` what it is"
+            )
 
     @classmethod
     def op_name(cls) -> str:
@@ -305,9 +309,14 @@ def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -
     for name, value in match.bindings.items():
         if isinstance(value, fx.Node) and nodes_to_move_up(value, first_result) is None:
             return f"`{name}` is computed after `{first_result.name}`, which is needed before"
-    for node in (*match.nodes, *(value for value in match.bindings.values() if isinstance(value, fx.Node))):
-        read = min((user for user in node.users if user in inside), default=node)
-        if any(storage in written and written[storage] > read for storage in storages_of(node)):
+    # The replacement reads everything where the first result stands: writes must be done by then, and before the code
+    # that is replaced reads.
+    inputs = {value for value in match.bindings.values() if isinstance(value, fx.Node)}
+    moved = {late for value in inputs for late in nodes_to_move_up(value, first_result) or ()}
+    sources = {source for late in moved for source in late.all_input_nodes}
+    for node in {*match.nodes, *inputs, *moved, *sources}:
+        read = min([first_result, *(user for user in node.users if user in inside)])
+        if any(written.get(storage, read) > read for storage in storages_of(node)):
             return f"`{node.name}` is written to in place after it is read"
     for name, value in match.bindings.items():
         tensor = tensor_of(value) if isinstance(value, fx.Node) else None

@@ -32,7 +32,7 @@ from fxopt.rewrite.replace import Rewrite
 FLOAT64_TOLERANCE = 1e-11  # relative to the largest element; thousands of float64 roundings, no formula's error
 SLACK = 1.1  # how much larger than the original's error the replacement's may be
 FEW = 100  # the error of fewer numbers, as the largest of many in float32, is a draw; it may be twice the original's
-MAGNITUDES = (1.0, 1e-2, 30.0, 0.0)
+MAGNITUDES = (1.0, 1e-2, 30.0, 1e4, 0.0)
 TINY = 1e-30  # where everything is smaller than this, errors are not relative any more
 SMALL_SIZES = (3, 5, 7, 11, 13)  # for dynamic sizes: distinct, so that a mixed-up axis shows
 UNKNOWN_SIZE = 17  # for a size that depends on data, and so was not known when the graph was captured
@@ -237,6 +237,8 @@ def _sample(rewrite: Rewrite, sizes: _Sizes, magnitude: float) -> dict[str, Any]
             tensor = torch.view_as_complex(parts * magnitude)
         else:
             tensor = torch.randint(0, 2, shape, generator=generator).to(value.dtype)
+            if value.dtype == torch.bool and tensor.ndim > 1:
+                tensor[..., 0, :] = False  # a row that is masked as a whole
         sample[name] = tensor.to(value.device)
     return sample
 
@@ -258,6 +260,8 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
         leaves[name] = value
     results = run({name: leaves[names[node]] for name, node in rewrite.inputs.items()})
     named = {f"result {index}": result for index, result in enumerate(results)}
+    # A copy, to be compared too: a replacement may not write into its inputs.
+    named |= {f"{name} afterwards": v.detach().clone() for name, v in leaves.items() if isinstance(v, torch.Tensor)}
     generator = torch.Generator().manual_seed(SEED + 1)
     # Drawn for every result, so that both sides get the same ones even if they differ in which need a gradient.
     cotangents = [(result, torch.randn(result.shape, generator=generator).to(result)) for result in results]

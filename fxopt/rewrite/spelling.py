@@ -127,7 +127,7 @@ def _name(node: fx.Node) -> str:
 
 def _spell_reciprocal_root(node: fx.Node) -> None:
     """`x ** -0.5` becomes `torch.rsqrt(x)`, which PyTorch runs for it."""
-    if node.target is operator.pow and node.args[1:] == (-0.5,):
+    if node.target is operator.pow and node.args[1:] == (-0.5,) and _is_floating(node.args[0]):
         node.target, node.args = torch.rsqrt, node.args[:1]
 
 
@@ -136,30 +136,31 @@ def _spell_square(node: fx.Node) -> None:
     if node.target not in (operator.pow, operator.mul) or len(node.args) != 2:
         return
     base, other = node.args
-    if not isinstance(base, fx.Node):
-        return
+    if not isinstance(base, fx.Node) or (value_of(base) is not None and tensor_of(base) is None):
+        return  # a size
     is_power = node.target is operator.pow and isinstance(other, int | float) and other == 2
     if is_power or (node.target is operator.mul and other is base and _is_floating(base)):
         node.target, node.args = torch.square, (base,)
 
 
-def _is_floating(node: fx.Node) -> bool:
-    value = tensor_of(node)
-    return value is None or value.is_floating_point()
+def _is_floating(node: Any) -> bool:
+    """Whether a node is a floating tensor, as everything in a pattern may be."""
+    value = value_of(node)
+    return value is None or (isinstance(value, torch.Tensor) and value.is_floating_point())
 
 
 def _spell_sizes(node: fx.Node) -> None:
     """`x.view(2, 3)` becomes `x.view((2, 3))`."""
     if node.op == "call_method" and str(node.target) in SIZE_METHODS:
         x, *sizes = node.args
-        is_whole_shape = len(sizes) == 1 and isinstance(value_of(sizes[0]), tuple | list)  # `x.view(y.shape)`
-        if sizes and not is_whole_shape:
+        is_whole = len(sizes) == 1 and isinstance(value_of(sizes[0]), tuple | list | torch.dtype)  # `x.view(y.shape)`
+        if sizes and not is_whole:
             node.args = (x, tuple(sizes))
 
 
 def _spell_index(node: fx.Node) -> None:
     """`x[:, :, :, 0::2]`, of four axes, becomes `x[..., ::2]`: whole axes before the last go without saying."""
-    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple) or not node.args[1]:
         return
     x, given = node.args
     assert isinstance(given, tuple)
@@ -167,8 +168,10 @@ def _spell_index(node: fx.Node) -> None:
         slice(None, item.stop, item.step) if isinstance(item, slice) and item.start == 0 else item for item in given
     )
     tensor = tensor_of(x)
-    if tensor is not None and len(index) == tensor.ndim > 1 and all(item == slice(None) for item in index[:-1]):
-        index = (Ellipsis, index[-1])
+    *before, last = index
+    covers_all_axes = tensor is not None and len(index) == tensor.ndim > 1 and isinstance(last, slice)
+    if covers_all_axes and all(isinstance(item, slice) and item == slice(None) for item in before):
+        index = (Ellipsis, last)
     node.args = (x, index)
 
 

@@ -26,11 +26,12 @@ ROTATIONS = {
     re.compile(r"apply_rotary_pos_emb_interleave"): 2,
 }
 ACTIVATIONS = {F.silu, F.gelu, F.relu, torch.relu, torch.nn.functional.mish}
+SQUARES = {torch.square, torch.pow, Tensor.square, Tensor.pow, Tensor.__pow__}
 MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_, Tensor.__imul__}
 
 
 def count_sites(model: nn.Module, run: Callable[[], Any]) -> Counter[str]:
-    """The sites in what `run` calls: "norm", "gated activation", "rotary embedding" and "loss" to their numbers.
+    """The sites in what `run` calls: "norm", "gated activation", "squared relu", "rotary embedding", "loss" to numbers.
 
     A module that is called twice is two sites.
     """
@@ -75,7 +76,12 @@ class _Counting(TorchFunctionMode):
         self.found: Counter[str] = Counter()
         self._norms: list[int] = []  # for each norm that is running, how many had been found before it
         self._rotations: list[FrameType] = []
-        self._activated: list[Tensor] = []  # kept alive, so that no other tensor is taken for one of them
+        # Kept alive, so that no other tensor is taken for one of them.
+        self._activated: list[Tensor] = []
+        self._rectified: list[Tensor] = []
+        self._sigmoids: list[tuple[Tensor, Tensor]] = []  # and what they are of, but for a factor
+        self._scaled: dict[int, Tensor] = {}  # the identity of a product with a number → what is multiplied
+        self._kept: list[Tensor] = []
 
     def enter(self, module: nn.Module, arguments: Any, named: Any) -> None:
         self._norms.append(self.found["norm"])
@@ -107,10 +113,23 @@ class _Counting(TorchFunctionMode):
             self.found["norm"] += 1
         elif function is torch.view_as_complex and not self._rotations:
             self.found["rotary embedding"] += 1
+        elif function in (torch.sigmoid, Tensor.sigmoid):
+            self._sigmoids.append((result, self._scaled.get(id(args[0]), args[0])))
         elif function in ACTIVATIONS:
             self._activated.append(result)
-        elif function in MULTIPLICATIONS and not self._norms:
-            operands = [arg for arg in args if isinstance(arg, Tensor)]
-            if len(operands) == 2 and operands[0].shape == operands[1].shape:
-                self.found["gated activation"] += any(x is a for x in operands for a in self._activated)
+            self._rectified += [result] * (function in (F.relu, torch.relu))
+        elif function in SQUARES:
+            self.found["squared relu"] += any(args[0] is rectified for rectified in self._rectified)
+        elif function in MULTIPLICATIONS:
+            self._multiplied([arg for arg in args if isinstance(arg, Tensor)], result)
         return result
+
+    def _multiplied(self, operands: list[Tensor], result: Tensor) -> None:
+        if len(operands) == 1:
+            self._scaled[id(result)] = operands[0]
+            self._kept.append(result)
+        elif operands[0].shape == operands[1].shape:
+            if any(s is x and of is y for s, of in self._sigmoids for x, y in (operands, operands[::-1])):
+                self._activated.append(result)  # x * sigmoid(alpha * x)
+            elif not self._norms:
+                self.found["gated activation"] += any(x is a for x in operands for a in self._activated)

@@ -21,11 +21,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx, nn
 from torch._guards import CompileContext
+from torch.utils.checkpoint import checkpoint
 
 from fxopt.deferred_logits import defer_marked_outputs, reveal_on_touch
+from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from fxopt.rematerialize import rematerializing
+from fxopt.rewrite.graph import graph_modules
 from fxopt.rewrite.pipeline import PassRecord, Pipeline
 from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.report import GraphRecord, Report
@@ -87,10 +90,14 @@ class OptimizedForward:
             self.report.fallbacks[self._disabled[kind]] += 1
             return self.original(*args, **kwargs)
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
+        # A first call may fail after some of its graphs have run: then the next attempt starts where this one did.
+        state = ModelState(self.model) if kind not in self._compiled else None
         try:
-            outputs = self._run_captured(kind, captured)
+            outputs = self._run_captured(kind, captured, state)
         except Exception as error:
             # Whatever the reason, the original must run now; if the call itself is at fault, it says so better.
+            if state is not None:
+                state.give_back()
             outputs = self.original(*args, **kwargs)
             self._disabled[kind] = _explained(error)
             self.report.fallbacks[self._disabled[kind]] += 1
@@ -105,7 +112,7 @@ class OptimizedForward:
         call = named_arguments(self._signature, (), dict(batch))
         return why_not_covered(self.model, call)
 
-    def _run_captured(self, kind: Hashable, call: dict[str, Any]) -> Any:
+    def _run_captured(self, kind: Hashable, call: dict[str, Any], state: ModelState | None) -> Any:
         """The call through its graphs: with sizes that depend on data inside them, or where that fails without."""
         if kind in self._in_pieces:
             with _dynamo_config():
@@ -117,6 +124,8 @@ class OptimizedForward:
         except Exception as error:
             whole, graphs = self._compiled.pop(kind, None), self.report.graphs[num_graphs:]
             del self.report.graphs[num_graphs:]
+            if state is not None:
+                state.give_back()
             try:
                 with _dynamo_config():
                     outputs = self._graphs_for(kind)(self.original, call)
@@ -151,6 +160,7 @@ class OptimizedForward:
             return wrap(compiled)
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
+        _checkpoint_eagerly(module)
         return wrap(_without_cheap_results(module.forward))
 
     def _count_logits(self) -> None:
@@ -171,6 +181,23 @@ def _captured_call(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
     if logits is not None and getattr(outputs, "loss", None) is not None:
         outputs.logits = deferred(logits)
     return outputs
+
+
+def _checkpoint_eagerly(module: fx.GraphModule) -> None:
+    """Let activation checkpointing keep the random state, in place.
+
+    Dynamo's operator leaves that to Inductor: run as it is, it draws another dropout when it computes again.
+    """
+    for inner in graph_modules(module):
+        for node in inner.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
+            node.target = _checkpoint
+        inner.recompile()
+
+
+def _checkpoint(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
+    if "_checkpoint_context_fn" in body.meta:  # what a selective checkpoint saves
+        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    return checkpoint(body, *args, **{**options, "use_reentrant": False})
 
 
 def _without_cheap_results(forward: Callable[..., Any]) -> Callable[..., Any]:

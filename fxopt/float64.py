@@ -33,7 +33,9 @@ def float64_copy(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()  # a state kept from another call, which cannot be copied
     exact = copy.deepcopy(model, memo).double()
-    exact.__dict__.pop("forward", None)
+    replaced = getattr(exact.__dict__.pop("forward", None), "replaced", None)
+    if replaced is not None:  # an instance's own forward, which was there before the model was optimized
+        vars(exact)["forward"] = replaced
     for module in exact.modules():
         if "gradient_checkpointing" in vars(module):
             vars(module)["gradient_checkpointing"] = False  # PyTorch computes again outside `float64_throughout`

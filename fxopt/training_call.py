@@ -55,7 +55,28 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
 
 def as_captured(model: nn.Module, signature: inspect.Signature, call: Call) -> Call:
     """The call in the form that needs the fewest graphs and builds no needless mask, with the result it had."""
-    call = {name: value for name, value in call.items() if value is not None}
+    call = {name: value for name, value in call.items() if value is not None or not _means_none(signature, name)}
+    if _follows_transformers(model):
+        _spare_the_mask(model, signature, call)
+        if _takes(signature, "use_cache"):
+            call["use_cache"] = False  # training has no use for a key-value cache, and building one breaks the graph
+    if isinstance(call.get("num_items_in_batch"), int):
+        call["num_items_in_batch"] = torch.tensor(call["num_items_in_batch"])  # a number would be a new graph each
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor):
+            call[name] = value = value.contiguous()  # strides that vary would be a new graph each
+            for axis in range(min(value.ndim, 2)):  # batch and sequence
+                if value.shape[axis] > 1:
+                    torch._dynamo.maybe_mark_dynamic(value, axis)
+    return call
+
+
+def _follows_transformers(model: nn.Module) -> bool:
+    """Whether transformers' conventions hold: what a mask of ones means, and that `**kwargs` take `use_cache`."""
+    return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
+
+
+def _spare_the_mask(model: nn.Module, signature: inspect.Signature, call: Call) -> None:
     mask, packed = call.get("attention_mask"), "position_ids" in call
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not packed and _may_lack(signature, "attention_mask"):
         if bool(mask.all()):
@@ -65,17 +86,6 @@ def as_captured(model: nn.Module, signature: inspect.Signature, call: Call) -> C
         tokens = call.get("input_ids", call.get("inputs_embeds"))
         if isinstance(tokens, torch.Tensor):
             call["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-    if isinstance(call.get("num_items_in_batch"), int):
-        call["num_items_in_batch"] = torch.tensor(call["num_items_in_batch"])  # a number would be a new graph each
-    for name, value in call.items():
-        if isinstance(value, torch.Tensor):
-            call[name] = value = value.contiguous()  # strides that vary would be a new graph each
-            for axis in range(min(value.ndim, 2)):  # batch and sequence
-                if value.shape[axis] > 1:
-                    torch._dynamo.maybe_mark_dynamic(value, axis)
-    if _takes(signature, "use_cache"):
-        call["use_cache"] = False  # training has no use for a key-value cache, and building one breaks the graph
-    return call
 
 
 def kind_of(model: nn.Module, call: Call) -> Hashable:
@@ -94,6 +104,12 @@ def kind_of(model: nn.Module, call: Call) -> Hashable:
 
 def _takes(signature: inspect.Signature, name: str) -> bool:
     return name in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+
+def _means_none(signature: inspect.Signature, name: str) -> bool:
+    """Whether leaving an argument out is the same as giving None."""
+    parameter = signature.parameters.get(name)
+    return parameter is None or parameter.default is None
 
 
 def _may_lack(signature: inspect.Signature, name: str) -> bool:

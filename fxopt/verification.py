@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import OptimizedForward
 from fxopt.float64 import float64_copy, float64_throughout
+from fxopt.model_state import ModelState
 from fxopt.rewrite.prove import FEW, SLACK
 
 ZERO = 1e-6  # of the largest gradient: what is smaller than this in float64 is zero, up to rounding
@@ -81,9 +81,11 @@ def verify(forward: OptimizedForward, batches: Sequence[Mapping[str, Any]]) -> V
     numbers: dict[str, int] = {}
     losses: list[tuple[float, float, float]] = []
     for seed, batch in enumerate(batches):
-        with _keeping_buffers(optimized):
-            plain = _loss_and_gradients(optimized, forward.original, batch, seed)
-            found = _loss_and_gradients(optimized, forward, batch, seed)
+        plain = _loss_and_gradients(optimized, forward.original, batch, seed)
+        fallbacks = forward.report.fallbacks.total()
+        found = _loss_and_gradients(optimized, forward, batch, seed)
+        if forward.report.fallbacks.total() > fallbacks:
+            raise ValueError(f"nothing to verify: the call fell back ({', '.join(forward.report.fallbacks)})")
         with float64_throughout():
             truth = _loss_and_gradients(exact, exact.forward, _in_float64(batch), seed)
         losses.append((float(truth["loss"]), float(plain["loss"]), float(found["loss"])))
@@ -124,17 +126,6 @@ def _in_float64(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in batch.items()}
 
 
-@contextmanager
-def _keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """Gives the model's buffers back what they held: some models count in them."""
-    held = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in held:
-            buffer.copy_(value)
-
-
 def _loss_and_gradients(
     model: nn.Module, forward: Callable[..., Any], batch: Mapping[str, Any], seed: int
 ) -> dict[str, Tensor]:
@@ -145,7 +136,8 @@ def _loss_and_gradients(
         torch.manual_seed(seed)  # the same dropout in each
         return _loss_in(forward(**batch))
 
-    with torch.enable_grad(), torch.random.fork_rng():
+    state = ModelState(model)
+    with torch.enable_grad():
         gradients: tuple[Tensor | None, ...]
         try:
             loss = loss_of()
@@ -155,6 +147,8 @@ def _loss_and_gradients(
                 raise
             loss = loss_of()
             gradients = _gradients_of_reentrant_checkpoints(loss, parameters)
+        finally:
+            state.give_back()
     values = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
     return {"loss": loss.detach(), **values}
 
@@ -171,6 +165,8 @@ def _loss_in(outputs: Any) -> Tensor:
 
 def _gradients_of_reentrant_checkpoints(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """What `backward` leaves in `.grad`, which then holds again what it held: `autograd.grad` cannot do these."""
+    if any(parameter._post_accumulate_grad_hooks for parameter in parameters):
+        raise ValueError("gradients are used inside backward here, and checkpoints are reentrant; verify without one")
     held = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:

@@ -30,6 +30,7 @@ FLOORS = {
     "fxopt.capture": 3,
     "fxopt.verification": 3,
     "fxopt.float64": 0,
+    "fxopt.model_state": 0,
     "fxopt.inspection": 4,
     "fxopt.api": 5,
     "fxopt.cli": 6,

@@ -261,7 +261,10 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
     results = run({name: leaves[names[node]] for name, node in rewrite.inputs.items()})
     named = {f"result {index}": result for index, result in enumerate(results)}
     # A copy, to be compared too: a replacement may not write into its inputs.
-    named |= {f"{name} afterwards": v.detach().clone() for name, v in leaves.items() if isinstance(v, torch.Tensor)}
+    for name, value in leaves.items():
+        if isinstance(value, torch.Tensor):
+            is_number = value.is_floating_point() or value.is_complex()
+            named[f"{name} afterwards"] = value.detach().clone() if is_number else value.double()
     generator = torch.Generator().manual_seed(SEED + 1)
     # Drawn for every result, so that both sides get the same ones even if they differ in which need a gradient.
     cotangents = [(result, torch.randn(result.shape, generator=generator).to(result)) for result in results]

@@ -46,6 +46,7 @@ BOTH, NEITHER = ({"HAS_WEIGHT": has, "HAS_BIAS": has} for has in (True, False))
 SUMS = dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
 GLU = {"D": INTERMEDIATE, "BLOCK": glu.BLOCK, "DTYPE": FLOAT32}
 CLAMPED = GLU | {"BLOCK": clamped_swiglu.BLOCK, "ALPHA": 1.702, "LIMIT": 7.0}
+CLAMPED_BACKWARD = CLAMPED | {"AT_BOUNDS": True}
 SQUARED = GLU | {"BLOCK": relu_squared.BLOCK}
 CONTIGUOUS = {"gate_col_stride": 1, "up_col_stride": 1}  # a launch makes a stride of 1 a constant, and no other
 ROPE = {"HALF": HEAD_DIM // 2, "ROWS": 32, "BLOCK": 32, "DTYPE": FLOAT32}
@@ -73,9 +74,9 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "geglu backward": (glu._glu_bwd_kernel, GLU | {"ACTIVATION": "gelu"}, {}),
     "geglu (tanh) backward": (glu._glu_bwd_kernel, GLU | {"ACTIVATION": "gelu_tanh"}, {}),
     "clamped_swiglu forward": (clamped_swiglu._clamped_swiglu_fwd_kernel, CLAMPED | CONTIGUOUS, {}),
-    "clamped_swiglu backward": (clamped_swiglu._clamped_swiglu_bwd_kernel, CLAMPED | CONTIGUOUS, {}),
+    "clamped_swiglu backward": (clamped_swiglu._clamped_swiglu_bwd_kernel, CLAMPED_BACKWARD | CONTIGUOUS, {}),
     "clamped_swiglu of pairs forward": (clamped_swiglu._clamped_swiglu_fwd_kernel, CLAMPED, {}),
-    "clamped_swiglu of pairs backward": (clamped_swiglu._clamped_swiglu_bwd_kernel, CLAMPED, {}),
+    "clamped_swiglu of pairs backward": (clamped_swiglu._clamped_swiglu_bwd_kernel, CLAMPED_BACKWARD, {}),
     "relu_squared forward": (relu_squared._relu_squared_fwd_kernel, SQUARED, {}),
     "relu_squared backward": (relu_squared._relu_squared_bwd_kernel, SQUARED, {}),
     "rope forward": (rope._rope_kernel, ROPE | {"BACKWARD": False}, {}),

@@ -5,8 +5,8 @@ Source: transformers `GptOssExperts._apply_gate`; for the unit without clamps se
 Shapes: gate (..., D), up (..., D) -> (..., D), in the wider dtype of both.
 Calculates in float32 (float64 for float64) and rounds once.
 Gradient, with s = sigmoid(alpha * g), both bounds inside, as PyTorch's clamp has them:
-    dgate = dy * (u + 1) * s * (1 + alpha * g * (1 - s))  where gate <= limit, else 0
-    dup = dy * g * s  where -limit <= up <= limit, else 0
+    dgate = dy * (u + 1) * s * (1 + alpha * g * (1 - s))  where gate is not clamped, else 0
+    dup = dy * g * s  where up is not clamped, else 0
 Bytes that must move: forward reads gate and up and writes y; backward reads dy, gate and up and writes dgate and dup.
 gate and up are read where they lie, also as every other element of one tensor.
 Saved: gate and up only; all else is computed again.
@@ -27,6 +27,15 @@ from fxopt.kernels.backend import (
 )
 
 BLOCK = 1024
+
+
+def _clamp_passes_gradients_at_bounds() -> bool:
+    with torch.enable_grad():
+        x = torch.ones(1, requires_grad=True)
+        return bool(torch.autograd.grad(x.clamp(max=1.0).sum(), x)[0])
+
+
+AT_BOUNDS = _clamp_passes_gradients_at_bounds()  # it does until torch 2.13, and not since 2.14
 
 
 def clamped_swiglu_reference(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -57,7 +66,8 @@ def _clamped_swiglu_fwd_kernel(
 def _clamped_swiglu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
     dy_stride, gate_stride, gate_col_stride, up_stride, up_col_stride,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, AT_BOUNDS: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -70,9 +80,12 @@ def _clamped_swiglu_bwd_kernel(
     u = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
     sigmoid = 1.0 / (1.0 + tl.exp(-ALPHA * g))
     slope = sigmoid * (1.0 + ALPHA * g * (1.0 - sigmoid))
-    # What a clamp did not change lies inside its bounds.
-    dgate = tl.where(g == gate, dy * (u + 1.0) * slope, 0.0)
-    dup = tl.where(u == up, dy * g * sigmoid, 0.0)
+    if AT_BOUNDS:
+        gate_passes, up_passes = gate <= LIMIT, (up >= -LIMIT) & (up <= LIMIT)
+    else:
+        gate_passes, up_passes = gate < LIMIT, (up > -LIMIT) & (up < LIMIT)
+    dgate = tl.where(gate_passes, dy * (u + 1.0) * slope, 0.0)
+    dup = tl.where(up_passes, dy * g * sigmoid, 0.0)
     tl.store(dgate_ptr + row * D + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + row * D + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
@@ -145,8 +158,11 @@ def _clamped_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, alpha: float,
         # Not g - value, which is small and has the rounding error of g.
         slope = torch.addcmul(sigmoid, value, 1 - sigmoid, value=alpha)
         # Comparing in place leaves 0.0 or 1.0: faster to multiply with than booleans are to select by.
-        dgate_rows[block] = u.add_(1).mul_(slope).mul_(d).mul_(gate_.le_(limit))
-        dup_rows[block] = value.mul_(d).mul_(up_.abs_().le_(limit))
+        gate_, up_ = (
+            (gate_.le_(limit), up_.abs_().le_(limit)) if AT_BOUNDS else (gate_.lt_(limit), up_.abs_().lt_(limit))
+        )
+        dgate_rows[block] = u.add_(1).mul_(slope).mul_(d).mul_(gate_)
+        dup_rows[block] = value.mul_(d).mul_(up_)
     return dgate, dup
 
 
@@ -162,7 +178,7 @@ def _clamped_swiglu_backward_triton(
             _clamped_swiglu_bwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
                 dy_rows, gate_rows, up_rows, dgate, dup,
                 dy_rows.stride(0), *gate_rows.stride(), *up_rows.stride(),
-                ALPHA=alpha, LIMIT=limit, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(dy),
+                ALPHA=alpha, LIMIT=limit, AT_BOUNDS=AT_BOUNDS, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(dy),
             )  # fmt: skip
     return dgate, dup
 

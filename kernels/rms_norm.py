@@ -103,6 +103,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.ops.fxopt.rms_norm(x, weight, eps)
 
 
+def l2_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(Σ x² + eps), differentiable once: what `rms_norm` is with a weight of 1 / sqrt(D); otherwise as it."""
+    D = x.shape[-1]
+    return rms_norm(x, x.new_full((D,), D**-0.5, dtype=compute_dtype(x)), eps / D)
+
+
 @torch.library.custom_op("fxopt::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x_rows, y = as_rows(x), x.new_empty(x.shape)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.kernels.rms_norm import rms_norm
+from fxopt.kernels.rms_norm import l2_norm, rms_norm
 from fxopt.rewrite.graph import dtype_of, shape_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
@@ -87,6 +87,22 @@ class FuseUnweightedRMSNorm(FuseRMSNorm):
         return rms_norm(x, None, eps)
 
 
+class FuseL2Norm(FuseUnweightedRMSNorm):
+    """(x * rsqrt(sum(x²) + eps)).to(dtype)
+
+    Source: transformers DoryL2Norm.forward; l2norm of the linear attention of Qwen3Next.
+    """
+
+    @staticmethod
+    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
+        h = x.to(torch.float32)
+        return (h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + eps)).to(dtype)
+
+    @staticmethod
+    def rewrite(x: Any, eps: Any) -> Any:
+        return l2_norm(x, eps)
+
+
 class FuseRoundedRMSNorm(FuseUnweightedRMSNorm):
     """x * rsqrt(mean(x²) + eps).to(dtype)
 
@@ -122,6 +138,7 @@ FUSE_RMS_NORM = rules_pass(
     FuseRMSNorm,
     FusePromotedRMSNorm,
     FuseUnweightedRMSNorm,  # after those that it is a part of
+    FuseL2Norm,
     FuseRoundedRMSNorm,
     FuseTorchRMSNorm,
 )

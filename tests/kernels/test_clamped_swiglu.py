@@ -64,7 +64,7 @@ def test_two_dtypes(dtypes: tuple[torch.dtype, torch.dtype], device: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bounds_lie_inside(dtype: torch.dtype, device: str) -> None:
-    """At a bound the gradient passes, next to it on the outside it is zero: element by element as eager code's."""
+    """Next to a bound, on the outside, the gradient is zero, and at it as in eager code: element by element."""
     bound = torch.tensor(LIMIT, dtype=dtype)
     outside, inside = (torch.nextafter(bound, torch.tensor(to, dtype=dtype)) for to in (float("inf"), 0.0))
     values = torch.stack([sign * value for sign in (1, -1) for value in (inside, bound, outside, 0 * bound)])

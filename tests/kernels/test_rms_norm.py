@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.kernels.rms_norm import rms_norm, rms_norm_reference
+from fxopt.kernels.backend import compute_dtype
+from fxopt.kernels.rms_norm import l2_norm, rms_norm, rms_norm_reference
 from tests.accuracy import assert_op_as_accurate
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -45,6 +46,16 @@ def test_without_weight(dtype: torch.dtype, device: str) -> None:
     x, _ = inputs(40, 65, dtype=dtype, device=device)
     assert_op_as_accurate(rms_norm, rms_norm_reference, x, None, EPS)
     torch.library.opcheck(torch.ops.fxopt.rms_norm, (x, None, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_l2_norm(dtype: torch.dtype, device: str) -> None:
+    def reference(x: Tensor, eps: float) -> Tensor:
+        h = x.to(compute_dtype(x))
+        return (h * torch.rsqrt(h.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+    x, _ = inputs(40, 65, dtype=dtype, device=device)
+    assert_op_as_accurate(l2_norm, reference, x, 1e-2)
 
 
 def test_gradients_in_float64(device: str) -> None:

@@ -16,7 +16,7 @@ from fxopt.kernels.glu import geglu, reglu, swiglu
 from fxopt.kernels.layer_norm import layer_norm
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
 from fxopt.kernels.relu_squared import relu_squared
-from fxopt.kernels.rms_norm import rms_norm
+from fxopt.kernels.rms_norm import l2_norm, rms_norm
 from fxopt.kernels.rope import rope
 from fxopt.passes.canonicalize import CANONICALIZE
 from fxopt.passes.fuse_add_norm import FuseAddLayerNorm, FuseAddRMSNorm
@@ -31,7 +31,13 @@ from fxopt.passes.fuse_linear_cross_entropy import (
     SliceBeforeLinear,
 )
 from fxopt.passes.fuse_relu_squared import FuseReLUSquared
-from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM, FuseFloat32WeightRMSNorm, FuseRMSNorm, FuseUnweightedRMSNorm
+from fxopt.passes.fuse_rms_norm import (
+    FUSE_RMS_NORM,
+    FuseFloat32WeightRMSNorm,
+    FuseL2Norm,
+    FuseRMSNorm,
+    FuseUnweightedRMSNorm,
+)
 from fxopt.passes.fuse_rope import FuseComplexRoPE, FusePairsRoPE, FuseRoPE
 from fxopt.passes.share_key_value_heads import ShareKeyValueHeads
 from fxopt.rewrite.match import Rule
@@ -115,6 +121,10 @@ def rotated_complex(x: Any, rotation: Any) -> Any:
 SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor]]]] = {
     FuseRMSNorm: (lambda x, weight: weight * rms(x).to(x.dtype), normed_inputs),
     FuseFloat32WeightRMSNorm: (lambda x, weight: (weight * rms(x)).to(x.dtype), normed_inputs),
+    FuseL2Norm: (
+        lambda x: (x.float() * torch.rsqrt(x.float().pow(2).sum(-1, keepdim=True) + 1e-6)).to(x.dtype),
+        lambda: normed_inputs()[:1],
+    ),
     FuseUnweightedRMSNorm: (lambda x: rms(x).to(x.dtype), lambda: normed_inputs()[:1]),
     FuseLayerNorm: (
         lambda x, weight, bias: F.layer_norm(x, (WIDTH,), weight, bias, 1e-5),
@@ -165,6 +175,8 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseFloat32WeightRMSNorm, "another dtype", lambda x, weight, eps: rms_norm(x.float(), weight, eps)),
     (FuseUnweightedRMSNorm, "epsilon after the root", lambda x, eps: rms_norm(x, None, 0.0) / (1 + eps)),
     (FuseUnweightedRMSNorm, "another shape", lambda x, eps: rms_norm(x, None, eps)[None]),
+    (FuseL2Norm, "the mean for the sum", lambda x, eps: rms_norm(x, None, eps)),
+    (FuseL2Norm, "another epsilon", lambda x, eps: l2_norm(x, eps * 1.01)),
     (FuseLayerNorm, "no bias", lambda x, weight, eps: layer_norm(x, weight, None, eps)),
     (FuseLayerNorm, "no weight", lambda x, bias, eps: layer_norm(x, None, bias, eps)),
     (FuseLayerNorm, "another epsilon", lambda x, weight, bias, eps: layer_norm(x, weight, bias, eps * 2)),

@@ -68,6 +68,7 @@ class OptimizedForward:
         self._signature = inspect.signature(self.__wrapped__)
         self._prover = Prover() if settings.prove else None
         self._compiled: dict[Hashable, Callable[..., Any]] = {}  # by kind of call
+        self._numbers: dict[Hashable, int] = {}  # of the kinds of call, in the report
         self._in_pieces: set[Hashable] = set()  # kinds of call whose graphs break where sizes depend on data
         self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
 
@@ -103,6 +104,9 @@ class OptimizedForward:
             self.report.fallbacks[self._disabled[kind]] += 1
             logger.warning("a call of %s is not optimized: %s", self.report.model, self._disabled[kind])
             return outputs
+        if state is not None and not any(graph.kind == self._numbers[kind] for graph in self.report.graphs):
+            self._disabled[kind] = "Dynamo captured no graph"
+            self.report.fallbacks[self._disabled[kind]] += 1
         for graph_break in torch._dynamo.utils.graph_break_reasons[known_breaks:]:
             self.report.graph_breaks[_where_and_why(graph_break)] += 1
         return reveal_on_touch(outputs)
@@ -141,7 +145,7 @@ class OptimizedForward:
     def _graphs_for(self, kind: Hashable) -> Callable[..., Any]:
         """What runs calls of one kind. Each kind has a code object of its own, since Dynamo's cache is small."""
         if kind not in self._compiled:
-            backend = functools.partial(self._backend, len(self._compiled))
+            backend = functools.partial(self._backend, self._numbers.setdefault(kind, len(self._numbers)))
             self._compiled[kind] = torch.compile(_own_code(_captured_call), backend=backend)
         return self._compiled[kind]
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torchao.prototype.quantized_training import int8_weight_only_quantized_training
 from torchao.quantization import quantize_
-from transformers import AutoModelForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
 
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
@@ -343,3 +343,18 @@ def test_a_quantized_weight_is_left_to_its_own_operations():
     (miss,) = (miss for miss in report.near_misses if miss.rule == "FuseLinearCrossEntropy")
     assert "`weight` is no plain tensor, but a Int8QuantizedTrainingLinearWeight" in miss.reason
     assert report.hits == {op: n for op, n in LLAMA_HITS.items() if op != "linear_cross_entropy"}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_draws_the_same_dropout_when_it_computes_again(use_reentrant):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=307, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.2)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model = fxopt.optimize(model, "fp32")
+    plain = fxopt.restore(copy.deepcopy(model))
+    for each in (model, plain):
+        torch.manual_seed(0)
+        each(**tiny_batch()).loss.backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-4, atol=1e-5)
+    assert fxopt.report(model).hits["layer_norm"] == 5

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
+from fxopt.rewrite.pipeline import Pipeline, simple_pass
 from tests.foreign_models import NanoGPT, RemoteConfig, RemoteModel, tokens
 
 
@@ -99,3 +100,101 @@ def test_sizes_that_depend_on_data(hard):
     report = fxopt.report(model)
     assert report.hits["swiglu"] == 1 and not report.fallbacks
     assert bool(report.graph_breaks) == hard
+
+
+class Unusual(nn.Module):
+    """Takes what transformers' models never do: None beside another default, a mask of ones, anything by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 11)
+
+    def forward(self, x, labels, scale=2.0, attention_mask=None, **options):
+        h = self.linear(x) * (1.0 if scale is None else scale) + (0.0 if attention_mask is None else 1.0)
+        return F.silu(h) * h + len(options), F.cross_entropy(h, labels)
+
+
+def test_calls_of_other_models_are_captured_as_they_are():
+    torch.manual_seed(0)
+    model = fxopt.optimize(Unusual(), "fp32")
+    plain = fxopt.restore(copy.deepcopy(model))
+    x, labels = torch.randn(5, 8), torch.zeros(5, dtype=torch.int64)
+    for options in ({}, {"scale": None}, {"attention_mask": torch.ones(5, 8)}, {"anything": 1}):
+        torch.testing.assert_close(model(x, labels, **options), plain(x, labels, **options))
+    assert not fxopt.report(model).fallbacks
+
+
+class Stateful(nn.Module):
+    """Counts its calls, drops out, and breaks its graph before the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout, self.calls = nn.Linear(8, 11), nn.Dropout(0.5), 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x, labels):
+        self.seen += 1
+        self.calls += 1
+        h = self.dropout(self.linear(x))
+        if (h > 1e6).any():
+            raise FloatingPointError
+        return h, F.cross_entropy(h, labels)
+
+
+def refuse_losses(graph):
+    if graph.find_nodes(op="call_function", target=F.cross_entropy):
+        raise RuntimeError("no losses here")
+
+
+REFUSING = Pipeline((simple_pass("refuse_losses", refuse_losses),))
+
+
+def test_a_first_call_that_fails_leaves_nothing_behind():
+    model = fxopt.optimize(Stateful(), "fp32", pipeline=REFUSING)
+    plain = fxopt.restore(copy.deepcopy(model))
+    x, labels = torch.randn(5, 8), torch.zeros(5, dtype=torch.int64)
+    for _ in range(2):
+        found, expected = [], []
+        for each, results in ((model, found), (plain, expected)):
+            torch.manual_seed(0)
+            results += [each(x, labels)[1], each.seen.clone(), torch.tensor(each.calls), torch.rand(1)]
+        torch.testing.assert_close(found, expected)
+    assert any("no losses here" in reason for reason in fxopt.report(model).fallbacks)
+
+
+def test_verify_says_so_where_there_is_nothing_to_verify():
+    model = fxopt.optimize(Stateful(), "fp32", pipeline=REFUSING)
+    with pytest.raises(ValueError, match=r"nothing to verify: the call fell back .*no losses here"):
+        fxopt.verify(model, {"x": torch.randn(5, 8), "labels": torch.zeros(5, dtype=torch.int64)})
+    assert model.seen == 0 and model.calls == 0
+    with pytest.raises(ValueError, match="at least one batch"):
+        fxopt.verify(model)
+
+
+class Opaque(nn.Module):
+    """Dynamo gives up on it without an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 11)
+
+    def forward(self, x, labels):
+        if torch.compiler.is_compiling():
+            raise RuntimeError("not here")
+        return F.cross_entropy(self.linear(x), labels)
+
+
+def test_a_call_without_a_graph_is_said_to_have_none():
+    model = fxopt.optimize(Opaque(), "fp32")
+    for _ in range(2):
+        model(torch.randn(5, 8), torch.zeros(5, dtype=torch.int64)).backward()
+    assert fxopt.report(model).fallbacks == {"Dynamo captured no graph": 2}
+
+
+def test_verify_compares_with_the_forward_that_was_replaced():
+    torch.manual_seed(0)
+    model = NanoGPT()
+    original = model.forward
+    model.forward = lambda idx, targets: (None, 3 * original(idx, targets)[1])
+    outcome = fxopt.verify(fxopt.optimize(model, "fp32"), {"idx": tokens(), "targets": tokens()})
+    assert abs(outcome.loss_exact - outcome.loss_original) < 1e-5 * outcome.loss_exact

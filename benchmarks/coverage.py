@@ -264,7 +264,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("types", nargs="*", help="model types; default: all of the registry")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
-    parser.add_argument("--timeout", type=float, default=100.0, help="seconds for one model")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to FILE too")
     parser.add_argument("--against", type=Path, metavar="FILE", help="say what differs from the run saved in FILE")

@@ -106,6 +106,8 @@ def _spell_function(node: fx.Node) -> None:
     """Methods become functions, and arithmetic becomes `operator`'s."""
     if node.op == "call_function":
         node.target = FUNCTIONAL.get(node.target, node.target)
+    if node.target is F.relu and not any((*node.args[1:], *node.kwargs.values())):
+        node.target, node.args, node.kwargs = torch.relu, node.args[:1], {}
     name = _name(node)
     plain = not node.kwargs and isinstance(node.target, str | _BuiltinFunction)
     if name in ARITHMETIC and plain and len(node.args) <= 2:

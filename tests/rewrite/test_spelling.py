@@ -98,10 +98,16 @@ def test_an_index_that_cuts_another_axis_stays():
     assert torch.equal(module(X)[0], X[1:, ::2])
 
 
-@pytest.mark.parametrize("function", [F.tanh, torch.tanh, torch.Tensor.tanh])
-def test_functional_tanh_is_tanh(function):
-    _, (node,) = spelled(lambda x: function(x), X)
-    assert node.target is torch.tanh
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu"])
+@pytest.mark.parametrize("module", [F, torch, torch.Tensor])
+def test_activations_have_one_name(module, name):
+    _, (node,) = spelled(lambda x: getattr(module, name)(x), X)
+    assert node.target is getattr(torch, name)
+
+
+def test_a_relu_in_place_stays():
+    _, (node,) = spelled(lambda x: F.relu(x, True), X.clone())
+    assert node.target is F.relu
 
 
 @pytest.mark.parametrize("function", [lambda x: x.flip(-1), lambda x: x.flip((0, 1)), lambda x: x.tile(2, 1)])

@@ -15,14 +15,17 @@ from fxopt.kernels.backend import (
     MAX_PROGRAMS,
     TRITON_DEVICES,
     as_rows,
+    check_residual,
+    check_rows,
     compute_dtype,
+    contiguous,
     on_device,
     row_tile,
     tl,
     triton,
     triton_dtype,
 )
-from fxopt.kernels.layer_norm import _contiguous, _gradient, layer_norm_reference
+from fxopt.kernels.layer_norm import _gradient, layer_norm_reference
 
 
 def add_layer_norm_reference(
@@ -123,19 +126,8 @@ def add_layer_norm(
     Raises:
         ValueError: the last dimension is empty, weight or bias does not have its length, or residual differs from x.
     """
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"add_layer_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != x.shape[-1:]:
-            raise ValueError(
-                f"add_layer_norm: {name} has shape {tuple(parameter.shape)}; "
-                f"it must be ({x.shape[-1]},) as x's last dimension"
-            )
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"add_layer_norm: residual is {residual.dtype} {tuple(residual.shape)}; "
-            f"it must be as x, {x.dtype} {tuple(x.shape)}"
-        )
+    check_rows("add_layer_norm", x, weight=weight, bias=bias)
+    check_residual("add_layer_norm", x, residual)
     summed, normed, _, _ = torch.ops.fxopt.add_layer_norm(x, residual, weight, bias, eps)
     return summed, normed
 
@@ -161,7 +153,7 @@ def _add_layer_norm_triton(
     if num_rows:
         with on_device(x):
             _add_layer_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, residual_rows, _contiguous(weight), _contiguous(bias), summed, normed, mean, rstd,
+                x_rows, residual_rows, contiguous(weight), contiguous(bias), summed, normed, mean, rstd,
                 num_rows, x_rows.stride(0), residual_rows.stride(0),
                 HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
                 EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
@@ -203,7 +195,7 @@ def _add_layer_norm_backward_triton(
     if num_rows:
         with on_device(summed):
             _add_layer_norm_bwd_kernel[(num_programs,)](
-                dsummed_rows, dnormed_rows, summed_rows, mean, rstd, _contiguous(weight), dx, dweight, dbias,
+                dsummed_rows, dnormed_rows, summed_rows, mean, rstd, contiguous(weight), dx, dweight, dbias,
                 num_rows, dsummed_rows.stride(0), dnormed_rows.stride(0), summed_rows.stride(0),
                 HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, D=D, DTYPE=triton_dtype(summed), **tile,
             )  # fmt: skip

@@ -15,7 +15,10 @@ from fxopt.kernels.backend import (
     MAX_PROGRAMS,
     TRITON_DEVICES,
     as_rows,
+    check_residual,
+    check_rows,
     compute_dtype,
+    contiguous,
     on_device,
     row_tile,
     tl,
@@ -101,17 +104,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     Raises:
         ValueError: the last dimension is empty, weight does not have its length, or residual differs from x.
     """
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"add_rms_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"add_rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) as x's last dimension"
-        )
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}; "
-            f"it must be as x, {x.dtype} {tuple(x.shape)}"
-        )
+    check_rows("add_rms_norm", x, weight=weight)
+    check_residual("add_rms_norm", x, residual)
     return torch.ops.fxopt.add_rms_norm(x, residual, weight, eps)
 
 
@@ -130,7 +124,7 @@ def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor | None, eps
     if num_rows:
         with on_device(x):
             _add_rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, residual_rows, weight if weight is None else weight.contiguous(), summed, normed,
+                x_rows, residual_rows, contiguous(weight), summed, normed,
                 num_rows, x_rows.stride(0), residual_rows.stride(0),
                 HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
             )  # fmt: skip
@@ -163,7 +157,7 @@ def _add_rms_norm_backward_triton(
     if num_rows:
         with on_device(summed):
             _add_rms_norm_bwd_kernel[(num_programs,)](
-                dsummed_rows, dnormed_rows, summed_rows, weight if weight is None else weight.contiguous(), dx, dweight,
+                dsummed_rows, dnormed_rows, summed_rows, contiguous(weight), dx, dweight,
                 num_rows, dsummed_rows.stride(0), dnormed_rows.stride(0), summed_rows.stride(0),
                 HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(summed), **tile,
             )  # fmt: skip

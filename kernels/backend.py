@@ -63,3 +63,30 @@ def row_tile(num_cols: int) -> dict[str, int]:
 def on_device(tensor: Tensor) -> Any:
     """A context in which Triton launches on the tensor's device, which need not be the current one."""
     return torch.accelerator.device_index(tensor.device.index)
+
+
+def check_rows(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """ValueError unless x has rows, (..., D) with D > 0, and each parameter that is not None is (D,)."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; the last dimension must not be empty")
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(parameter.shape)}; it must be ({x.shape[-1]},) as x's last dimension"
+            )
+
+
+def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
+    """ValueError unless residual is as x, in shape and dtype."""
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"{op}: residual is {residual.dtype} {tuple(residual.shape)}; it must be as x, {x.dtype} {tuple(x.shape)}"
+        )
+
+
+def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if parameter is None else parameter.to(dtype)
+
+
+def contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()

@@ -17,7 +17,10 @@ from fxopt.kernels.backend import (
     MAX_PROGRAMS,
     TRITON_DEVICES,
     as_rows,
+    cast,
+    check_rows,
     compute_dtype,
+    contiguous,
     on_device,
     row_blocks,
     row_tile,
@@ -34,7 +37,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
     keeps for backward and, on the CPU, sums the gradients of weight and bias in that dtype.
     """
     h = x.to(compute_dtype(x))
-    weight, bias = _cast(weight, h.dtype), _cast(bias, h.dtype)
+    weight, bias = cast(weight, h.dtype), cast(bias, h.dtype)
     return torch.nn.functional.layer_norm(h, h.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
@@ -117,14 +120,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Raises:
         ValueError: the last dimension is empty, or weight or bias does not have its length.
     """
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != x.shape[-1:]:
-            raise ValueError(
-                f"layer_norm: {name} has shape {tuple(parameter.shape)}; "
-                f"it must be ({x.shape[-1]},) as x's last dimension"
-            )
+    check_rows("layer_norm", x, weight=weight, bias=bias)
     return torch.ops.fxopt.layer_norm(x, weight, bias, eps)[0]
 
 
@@ -132,7 +128,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and 1 / sqrt(var + eps) of each row (..., 1): on the CPU, backward is slower without."""
     x_rows, dtype = as_rows(x), compute_dtype(x)
-    shape, weight, bias = x_rows.shape[-1:], _cast(weight, dtype), _cast(bias, dtype)
+    shape, weight, bias = x_rows.shape[-1:], cast(weight, dtype), cast(bias, dtype)
     if x.dtype == dtype or weight is not None or bias is not None:
         y, mean, rstd = torch.ops.aten.native_layer_norm(x_rows, shape, weight, bias, eps)
     else:  # torch keeps the statistics in the parameters' dtype; without parameters it would round them to x's
@@ -157,7 +153,7 @@ def _layer_norm_triton(
     if num_rows:
         with on_device(x):
             _layer_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, _contiguous(weight), _contiguous(bias), y, mean, rstd, num_rows, x_rows.stride(0),
+                x_rows, contiguous(weight), contiguous(bias), y, mean, rstd, num_rows, x_rows.stride(0),
                 HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
                 EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
             )  # fmt: skip
@@ -176,7 +172,7 @@ def _layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; empty ones for a weight or bias that is None."""
     dy_rows, x_rows, dtype = as_rows(dy), as_rows(x), compute_dtype(x)
-    mean, rstd, weight_, bias_ = mean.view(-1, 1), rstd.view(-1, 1), _cast(weight, dtype), _cast(bias, dtype)
+    mean, rstd, weight_, bias_ = mean.view(-1, 1), rstd.view(-1, 1), cast(weight, dtype), cast(bias, dtype)
 
     def native(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         wanted = [True, weight is not None, bias is not None]
@@ -209,7 +205,7 @@ def _layer_norm_backward_triton(
     if num_rows:
         with on_device(x):
             _layer_norm_bwd_kernel[(num_programs,)](
-                dy_rows, x_rows, mean, rstd, _contiguous(weight), dx, dweight, dbias,
+                dy_rows, x_rows, mean, rstd, contiguous(weight), dx, dweight, dbias,
                 num_rows, dy_rows.stride(0), x_rows.stride(0),
                 HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, D=D, DTYPE=triton_dtype(x), **tile,
             )  # fmt: skip
@@ -248,14 +244,6 @@ def _backward(ctx, dy: Tensor | None, *_: None):
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if parameter is None else parameter.to(dtype)
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
 
 
 def _gradient(total: Tensor | None, parameter: Tensor | None, x: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ from fxopt.kernels.backend import (
     MAX_PROGRAMS,
     TRITON_DEVICES,
     as_rows,
+    cast,
+    check_rows,
     compute_dtype,
+    contiguous,
     on_device,
     row_blocks,
     row_tile,
@@ -94,12 +97,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Raises:
         ValueError: the last dimension is empty, or weight does not have its length.
     """
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; the last dimension must not be empty")
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) as x's last dimension"
-        )
+    check_rows("rms_norm", x, weight=weight)
     return torch.ops.fxopt.rms_norm(x, weight, eps)
 
 
@@ -113,7 +111,7 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x_rows, y = as_rows(x), x.new_empty(x.shape)
     y_rows, dtype = as_rows(y), compute_dtype(x)
-    weight = None if weight is None else weight.to(dtype)
+    weight = cast(weight, dtype)
     for block in row_blocks(x_rows):
         h = x_rows[block].to(dtype, copy=True)
         h.mul_(_reciprocal_rms(h, eps))
@@ -129,7 +127,7 @@ def _rms_norm_triton(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if num_rows:
         with on_device(x):
             _rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, weight if weight is None else weight.contiguous(), y, num_rows, x_rows.stride(0),
+                x_rows, contiguous(weight), y, num_rows, x_rows.stride(0),
                 HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
             )  # fmt: skip
     return y
@@ -145,7 +143,7 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float)
     dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
     dx_rows = as_rows(dx)
     dtype, D = compute_dtype(x), x.shape[-1]
-    weight_ = None if weight is None else weight.to(dtype)
+    weight_ = cast(weight, dtype)
     dweight = x.new_zeros(0 if weight is None else D, dtype=dtype)
     for block in row_blocks(x_rows):
         x_hat = x_rows[block].to(dtype, copy=True)
@@ -173,7 +171,7 @@ def _rms_norm_backward_triton(dy: Tensor, x: Tensor, weight: Tensor | None, eps:
     if num_rows:
         with on_device(x):
             _rms_norm_bwd_kernel[(num_programs,)](
-                dy_rows, x_rows, weight if weight is None else weight.contiguous(), dx, dweight,
+                dy_rows, x_rows, contiguous(weight), dx, dweight,
                 num_rows, dy_rows.stride(0), x_rows.stride(0),
                 HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
             )  # fmt: skip

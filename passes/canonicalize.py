@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxopt.rewrite.graph import (
+    argument_of,
     inner_graphs,
     is_mode_switch,
     is_mutating,
@@ -50,13 +51,9 @@ def _identity_of(node: fx.Node) -> Any:
     if node.target == "contiguous" and source.target is torch.nn.functional.linear and not (rest or node.kwargs):
         return source if source_value is not None and source_value.is_contiguous() else None
     if node.target is torch.nn.functional.dropout:
-        probability, training = _argument(node, 1, "p", 0.5), _argument(node, 2, "training", True)
+        probability, training = argument_of(node, 1, "p", 0.5), argument_of(node, 2, "training", True)
         return source if training is False or probability == 0.0 else None
     return None
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def merge_equal_nodes(graph: fx.Graph) -> None:

@@ -55,6 +55,11 @@ def requires_grad(node: Any) -> bool:
     return value is not None and value.requires_grad
 
 
+def argument_of(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """One argument of a call, given by position or by name, or its default."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
 def is_mutating(node: fx.Node) -> bool:
     """Whether a node writes into one of its inputs."""
     return bool(nodes_written(node))
@@ -144,8 +149,7 @@ def is_random(node: fx.Node) -> bool:
     """Whether two runs of the node may differ."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     if name == "scaled_dot_product_attention":
-        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return bool(dropout != 0.0)
+        return bool(argument_of(node, 4, "dropout_p", 0.0) != 0.0)
     return any(word in name for word in RANDOM)
 
 

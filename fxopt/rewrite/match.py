@@ -306,20 +306,22 @@ def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -
         if node not in match.results and outside:
             return f"`{node.name}`, inside the pattern, is also used by `{outside[0]}`"
     first_result = min(match.results)
-    for name, value in match.bindings.items():
-        if isinstance(value, fx.Node) and nodes_to_move_up(value, first_result) is None:
+    inputs = {name: value for name, value in match.bindings.items() if isinstance(value, fx.Node)}
+    moved: set[fx.Node] = set()
+    for name, value in inputs.items():
+        late = nodes_to_move_up(value, first_result)
+        if late is None:
             return f"`{name}` is computed after `{first_result.name}`, which is needed before"
+        moved.update(late)
     # The replacement reads everything where the first result stands: writes must be done by then, and before the code
     # that is replaced reads.
-    inputs = {value for value in match.bindings.values() if isinstance(value, fx.Node)}
-    moved = {late for value in inputs for late in nodes_to_move_up(value, first_result) or ()}
-    sources = {source for late in moved for source in late.all_input_nodes}
-    for node in {*match.nodes, *inputs, *moved, *sources}:
+    sources = {source for node in moved for source in node.all_input_nodes}
+    for node in {*match.nodes, *inputs.values(), *moved, *sources}:
         read = min([first_result, *(user for user in node.users if user in inside)])
         if any(written.get(storage, read) > read for storage in storages_of(node)):
             return f"`{node.name}` is written to in place after it is read"
-    for name, value in match.bindings.items():
-        tensor = tensor_of(value) if isinstance(value, fx.Node) else None
+    for name, value in inputs.items():
+        tensor = tensor_of(value)
         if tensor is not None and is_traceable_wrapper_subclass(tensor):
             return f"`{name}` is no plain tensor, but a {type(tensor).__name__}"
     between = match.nodes[0]

@@ -255,7 +255,7 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
         node = rewrite.inputs[name]
         if names.setdefault(node, name) != name:
             continue
-        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+        if isinstance(value, torch.Tensor):
             value = value.detach().clone().requires_grad_(requires_grad(node))
         leaves[name] = value
     results = run({name: leaves[names[node]] for name, node in rewrite.inputs.items()})
@@ -263,8 +263,8 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
     # A copy, to be compared too: a replacement may not write into its inputs.
     for name, value in leaves.items():
         if isinstance(value, torch.Tensor):
-            is_number = value.is_floating_point() or value.is_complex()
-            named[f"{name} afterwards"] = value.detach().clone() if is_number else value.double()
+            dtype = value.dtype if value.is_floating_point() or value.is_complex() else torch.float64
+            named[f"{name} afterwards"] = value.detach().to(dtype, copy=True)
     generator = torch.Generator().manual_seed(SEED + 1)
     # Drawn for every result, so that both sides get the same ones even if they differ in which need a gradient.
     cotangents = [(result, torch.randn(result.shape, generator=generator).to(result)) for result in results]

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.rewrite.graph import cast, dtype_of, tensor_of, value_of
+from fxopt.rewrite.graph import argument_of, cast, dtype_of, tensor_of, value_of
 
 CASTING_METHODS = {
     "float": torch.float32,
@@ -50,7 +50,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "matmul": operator.matmul,
 }
 
-FUNCTIONAL: dict[Any, Callable[..., Any]] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid}
+FUNCTIONAL: dict[Any, Callable[..., Any]] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid, F.relu: torch.relu}
 
 # Methods that take their sizes one by one or as a tuple.
 SIZE_METHODS = frozenset({"view", "reshape", "expand", "permute", "repeat", "tile", "flip"})
@@ -104,10 +104,9 @@ def _is_device_of(x: Any, option: Any) -> bool:
 
 def _spell_function(node: fx.Node) -> None:
     """Methods become functions, and arithmetic becomes `operator`'s."""
-    if node.op == "call_function":
-        node.target = FUNCTIONAL.get(node.target, node.target)
-    if node.target is F.relu and not any((*node.args[1:], *node.kwargs.values())):
-        node.target, node.args, node.kwargs = torch.relu, node.args[:1], {}
+    if node.op == "call_function" and node.target in FUNCTIONAL and not argument_of(node, 1, "inplace", False):
+        options = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+        node.target, node.args, node.kwargs = FUNCTIONAL[node.target], node.args[:1], options
     name = _name(node)
     plain = not node.kwargs and isinstance(node.target, str | _BuiltinFunction)
     if name in ARITHMETIC and plain and len(node.args) <= 2:

@@ -1,6 +1,7 @@
 """What the tests of all rules need: a function rewritten by the pipeline, and judged."""
 
 import torch
+from torch import fx
 
 from fxopt.passes.pipelines import EXACT
 from fxopt.rewrite.match import NearMiss
@@ -37,7 +38,13 @@ def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape).to(dtype).requires_grad_()
 
 
-def assert_proven(op: str, function, *inputs: torch.Tensor) -> None:
-    records = EXACT.run(captured(function, *inputs), Prover())
-    assert [change.op for record in records for change in record.outcome.changes] == [op]
+def proven(function, *inputs: torch.Tensor) -> tuple[fx.GraphModule, list[str]]:
+    """The rewritten graph, and the ops that it got, of which the proof refused none."""
+    graph = captured(function, *inputs)
+    records = EXACT.run(graph, Prover())
     assert not [refused for record in records for refused in record.outcome.refused]
+    return graph, [change.op for record in records for change in record.outcome.changes]
+
+
+def assert_proven(op: str, function, *inputs: torch.Tensor) -> None:
+    assert proven(function, *inputs)[1] == [op]

@@ -15,6 +15,7 @@ from fxopt.passes.remove_casts import REMOVE_CASTS
 from fxopt.passes.restore_causal_attention import RESTORE_CAUSAL_ATTENTION
 from fxopt.passes.separate_logits import SEPARATE_LOGITS
 from fxopt.passes.share_key_value_heads import SHARE_KEY_VALUE_HEADS
+from fxopt.passes.skip_masked_keys import SKIP_MASKED_KEYS
 from fxopt.rewrite.pipeline import Pipeline
 
 EXACT = Pipeline(
@@ -31,6 +32,7 @@ EXACT = Pipeline(
         FUSE_LINEAR_CROSS_ENTROPY,
         RESTORE_CAUSAL_ATTENTION,  # before the clean-up, which then drops the mask that nobody reads
         SHARE_KEY_VALUE_HEADS,  # after the masks are gone
+        SKIP_MASKED_KEYS,  # after both: it takes what is left with a mask, over as few heads as can be
         CLEANUP,  # last: also takes back what SEPARATE_LOGITS copied, if the loss was not fused
     )
 )

@@ -12,6 +12,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+# Their underscore keeps them apart from Python's keywords, and does not mean that they write.
+NAMED_FOR_KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 MUTATING_OPERATORS = frozenset(
     getattr(operator, name)
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
@@ -72,7 +74,7 @@ def nodes_written(node: fx.Node) -> list[fx.Node]:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     if "out" in node.kwargs:
         return _nodes_in(node.kwargs["out"])
-    if name.endswith("_") and not name.endswith("__"):
+    if name.endswith("_") and not name.endswith("__") and node.target not in NAMED_FOR_KEYWORDS:
         return _nodes_in(node.args[0]) if node.args else node.all_input_nodes
     if node.target in MUTATING_OPERATORS:
         return _nodes_in(node.args[0])

@@ -13,6 +13,7 @@ from fxopt.kernels.add_layer_norm import add_layer_norm
 from fxopt.kernels.add_rms_norm import add_rms_norm
 from fxopt.kernels.clamped_swiglu import clamped_swiglu
 from fxopt.kernels.glu import geglu, reglu, swiglu
+from fxopt.kernels.interval_attention import interval_attention, visible_intervals
 from fxopt.kernels.layer_norm import layer_norm
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
 from fxopt.kernels.relu_squared import relu_squared
@@ -40,6 +41,7 @@ from fxopt.passes.fuse_rms_norm import (
 )
 from fxopt.passes.fuse_rope import FuseComplexRoPE, FusePairsRoPE, FuseRoPE
 from fxopt.passes.share_key_value_heads import ShareKeyValueHeads
+from fxopt.passes.skip_masked_keys import SkipMaskedKeys
 from fxopt.rewrite.match import Rule
 from fxopt.rewrite.pipeline import rules_pass
 from fxopt.rewrite.prove import Prover
@@ -156,6 +158,10 @@ SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor
         lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True),
         lambda: [leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16)],
     ),
+    SkipMaskedKeys: (
+        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
+        lambda: [leaf(3, 4, 9, 16), leaf(3, 2, 9, 16), leaf(3, 2, 9, 16), torch.ones(3, 1, 9, 9, dtype=torch.bool).tril()],
+    ),
 }  # fmt: skip
 
 
@@ -228,6 +234,10 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (ShareKeyValueHeads, "not causal", lambda query, key, value: F.scaled_dot_product_attention(query, key, value, enable_gqa=True)),
     (ShareKeyValueHeads, "another scale", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=0.2525, enable_gqa=True)),
     (ShareKeyValueHeads, "heads in another order", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key.flip(1), value.flip(1), is_causal=causal, enable_gqa=True)),
+    (SkipMaskedKeys, "only causal", lambda query, key, value: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)),
+    (SkipMaskedKeys, "intervals one key late", lambda query, key, value, mask, scale: interval_attention(query, key, value, mask, (visible_intervals(mask) + 1).clamp(max=mask.shape[-1]), scale)),
+    (SkipMaskedKeys, "another scale", lambda query, key, value, mask: interval_attention(query, key, value, mask, visible_intervals(mask), 0.2525)),
+    (SkipMaskedKeys, "keys without gradient", lambda query, key, value, mask, scale: interval_attention(query, key.detach(), value, mask, visible_intervals(mask), scale)),
 ]  # fmt: skip
 
 

@@ -53,11 +53,14 @@ coverage: $(VENV)/.demo ## every causal LM of transformers, tiny: what is rewrit
 	@mkdir -p runs
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --save runs/coverage.json $(COVERAGE_OPTIONS)
 
-coverage-matrix: coverage ## the same with the oldest torch and transformers that fxopt allows, and with the newest; what differs
-	@$(MAKE) coverage VENV=.venv-oldest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 \
-	  COVERAGE_OPTIONS="--save runs/coverage-oldest.json --against runs/coverage.json"
-	@$(MAKE) coverage VENV=.venv-newest TORCH="torch<2.15" \
-	  COVERAGE_OPTIONS="--save runs/coverage-newest.json --against runs/coverage.json"
+coverage-matrix: ## the same, with the oldest torch and transformers that fxopt allows, and with the newest; what differs
+	@status=0; \
+	$(MAKE) coverage || status=1; \
+	$(MAKE) coverage VENV=.venv-oldest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 \
+	  COVERAGE_OPTIONS="--save runs/coverage-oldest.json --against runs/coverage.json" || status=1; \
+	$(MAKE) coverage VENV=.venv-newest TORCH="torch<2.15" \
+	  COVERAGE_OPTIONS="--save runs/coverage-newest.json --against runs/coverage.json" || status=1; \
+	exit $$status
 
 wheel: $(VENV)/.dev ## build the sdist, and from it the wheel, into dist/
 	@$(BIN)/python -m build --outdir dist

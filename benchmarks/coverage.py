@@ -247,7 +247,7 @@ def summary(rows: list[Row]) -> str:
     for kind in OPS_OF:
         counts = [(row["sites"].get(kind, 0), row[p]["hits"][kind]) for row in trained for p in POLICIES if p in row]
         there, found = sum(sites for sites, _ in counts), sum(min(sites, hits) for sites, hits in counts)
-        shares.append(f"{kind} {found}/{there} ({found / max(there, 1):.0%})")
+        shares.append(f"{kind} {found}/{there} ({found / max(there, 1):.1%})")
     inside = sum(not row[p]["violations"] for row in trained for p in POLICIES if p in row)
     runs = sum(p in row for row in trained for p in POLICIES)
     fell_back = [row["type"] for row in trained if any(row[p]["fallbacks"] for p in POLICIES if p in row)]

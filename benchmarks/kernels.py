@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fxopt.kernels import (
     add_rms_norm,
     clamped_swiglu,
     glu,
+    interval_attention,
     layer_norm,
     linear_cross_entropy,
     relu_squared,
@@ -152,6 +153,8 @@ def cases(tokens: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]
     joint = random(tokens, 2 * INTERMEDIATE).detach()
     halves = [half.requires_grad_() for half in joint.chunk(2, -1)]
     pairs = [part.requires_grad_() for part in (joint[..., ::2], joint[..., 1::2])]
+    heads = [random(2, count, tokens // 2, HEAD_DIM) for count in (HEADS, HEADS // 3, HEADS // 3)]
+    masks = {kind: (mask, interval_attention.visible_intervals(mask)) for kind, mask in attention_masks(tokens // 2)}
     return {
         "rms_norm": (rms_norm.rms_norm, rms_norm.rms_norm_reference, [x, weight, 1e-5]),
         "add_rms_norm": (
@@ -171,6 +174,10 @@ def cases(tokens: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]
             [random(tokens, INTERMEDIATE)],
         ),
         "rope": (rope.rope, rope.rope_reference, [queries, cos, sin]),
+        **{
+            f"interval_attention, {kind}": (interval_attention.interval_attention, eager_attention, [*heads, *mask])
+            for kind, mask in masks.items()
+        },
         "linear_cross_entropy": (*loss, [x, head, labels]),
         "linear_cross_entropy, 60 % ignored": (*loss, [x, head, masked]),
     }
@@ -185,6 +192,19 @@ def eager_add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     summed = x + residual
     return summed, eager_layer_norm(summed, weight, bias, eps)
+
+
+def attention_masks(length: int) -> Iterator[tuple[str, Tensor]]:
+    """(2, 1, Q, Q), True where a query sees a key: rows of which a quarter is padding, of four sequences, …"""
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    causal = (key <= query).expand(2, 1, length, length)
+    yield "padded", causal & (key < torch.tensor([length // 2, length]).view(2, 1, 1, 1))
+    yield "packed", causal & (query * 4 // length == key * 4 // length)
+    yield "window", causal & (query - key < length // 4)
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 def best_ms(function: Callable[..., Any], inputs: list[Any], backward: bool, repeats: int) -> float:

@@ -79,9 +79,23 @@ class FuseUnweightedLayerNorm(FuseFloat32LayerNorm):
         return layer_norm(x, None, None, eps)
 
 
+class FuseVarianceLayerNorm(FuseUnweightedLayerNorm):
+    """((x - mean(x)) * rsqrt(var(x) + eps)).to(dtype)
+
+    Source: transformers xLSTMMultiHeadLayerNorm.forward.
+    """
+
+    @staticmethod
+    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
+        h = x.to(torch.float32)
+        variance = h.var(dim=-1, keepdim=True, unbiased=False)
+        return ((h - h.mean(-1, keepdim=True)) * torch.rsqrt(variance + eps)).to(dtype)
+
+
 FUSE_LAYER_NORM = rules_pass(
     "fuse_layer_norm",
     FuseLayerNorm,
     FuseFloat32LayerNorm,
     FuseUnweightedLayerNorm,  # after the one that it is a part of
+    FuseVarianceLayerNorm,
 )

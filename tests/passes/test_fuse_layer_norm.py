@@ -38,6 +38,16 @@ def test_a_weight_for_each_head_stays_outside():
     assert_proven("layer_norm", norm, leaf(2, 9, 4, 16, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_variance_that_torch_computes(dtype):
+    def normed(x):
+        h = x.float()
+        variance = h.var(dim=-1, keepdim=True, unbiased=False)
+        return ((h - h.mean(dim=-1, keepdim=True)) * torch.rsqrt(variance + 1e-6)).to(x.dtype)
+
+    assert_proven("layer_norm", normed, leaf(3, 7, 4, 16, dtype=dtype))
+
+
 def test_layer_norm_declines_more_than_one_axis():
     x = leaf(3, 7, 32, dtype=torch.bfloat16)
     (miss,) = near_misses(lambda x: F.layer_norm(x, (7, 32)), x)

@@ -9,7 +9,7 @@ arXiv:2412.05496.
 Shapes: query (B, H, Q, D), key and value (B, G, K, D) with H a multiple of G, mask (B or 1, 1, Q, K) bool
 -> (B, H, Q, D), in query's dtype.
 Calculates as `scaled_dot_product_attention` does: its kernel runs on each block of queries that see the same keys, or
-one key more from each to the next. Sums in float32; gradients of keys that several blocks see are added in float32.
+one key more from each to the next. Gradients of keys that several blocks or several heads see are added in float32.
 Bytes saved: query, key, value, the result and one number per row, as without a mask; the mask is shared by all layers.
 
 On the CPU only: on a GPU the rule that calls this op leaves attention with a mask as it was.
@@ -17,6 +17,8 @@ On the CPU only: on a GPU the rule that calls this op leaves attention with a ma
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -27,7 +29,23 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 TILE = 128  # queries of one block where each sees other keys, as in a sliding window
-MOST_SEEN = 0.8  # of all scores; beyond it, one call with the mask is as fast as many without
+# When blocks are worth their calls, in units of one head's score; measured with `benchmarks/kernels.py`.
+COST_OF_A_BLOCK = 60_000
+COST_OF_THE_MASK = 0.9  # of all scores: what blocks may cost at most
+KEYS_AT_ONCE = 512  # torch's kernel skips what a causal mask hides in steps of so many keys
+
+
+_always_in_blocks: ContextVar[bool] = ContextVar("_always_in_blocks", default=False)
+
+
+@contextmanager
+def always_in_blocks() -> Iterator[None]:
+    """Blocks even where one call with the mask costs less: for tests and proofs, whose tensors are small."""
+    token = _always_in_blocks.set(True)
+    try:
+        yield
+    finally:
+        _always_in_blocks.reset(token)
 
 
 @dataclass(frozen=True)
@@ -42,9 +60,11 @@ class _Block:
 
     @property
     def num_scores(self) -> int:
+        """What the kernel computes of each head."""
         num_queries, num_keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
-        scores = num_queries * (num_queries + 1) // 2 if self.is_causal else num_queries * num_keys
-        return (self.rows.stop - self.rows.start) * scores
+        if self.is_causal:
+            num_keys = min(num_keys, (num_keys + KEYS_AT_ONCE) // 2)
+        return (self.rows.stop - self.rows.start) * num_queries * num_keys
 
 
 def interval_attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -85,10 +105,11 @@ def interval_attention(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    if query.shape[1] % key.shape[1] or key.shape != value.shape or query.shape[-1] != key.shape[-1]:
+    alike = key.shape == value.shape and query.shape[::3] == key.shape[::3]
+    if not alike or query.shape[1] % key.shape[1]:
         raise ValueError(
-            f"interval_attention: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
-            "do not fit: key and value must be alike, and their heads divide query's"
+            f"interval_attention: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do "
+            "not fit: key and value must be alike, with query's rows and width, and their heads must divide query's"
         )
     if mask.shape[1:] != (1, query.shape[2], key.shape[2]) or mask.shape[0] not in (1, query.shape[0]):
         raise ValueError(
@@ -118,15 +139,15 @@ def _(mask: Tensor) -> Tensor:
 def _interval_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, intervals: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    blocks = _blocks_of(query, mask, intervals)
-    if blocks is None:
-        return _flash(query, key, value, attn_mask=_additive(mask, query.dtype), scale=scale)
-    out, logsumexp = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=_accumulate_dtype(query))
-    for block in blocks:
-        part_out, part_logsumexp = _flash(
-            *_parts(block, query, key, value), **_options(block, mask, query.dtype, scale)
+    query, key, value = _dense_rows(query, key, value)
+    out, logsumexp = _empty_results(query)
+    for block in _blocks_worth_it(query, mask, intervals):
+        rows, queries = block.rows, block.queries
+        options = _options(block, mask, query.dtype, scale)
+        results = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query[rows, :, queries], key[rows, :, block.keys], value[rows, :, block.keys], **options
         )
-        out[block.rows, :, block.queries], logsumexp[block.rows, :, block.queries] = part_out, part_logsumexp
+        out[rows, :, queries], logsumexp[rows, :, queries] = results
     return out, logsumexp
 
 
@@ -134,7 +155,7 @@ def _interval_attention(
 def _(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, intervals: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_accumulate_dtype(query))
+    return _empty_results(query)
 
 
 @torch.library.custom_op("fxopt::interval_attention_backward", mutates_args=(), device_types="cpu")
@@ -142,26 +163,30 @@ def _interval_attention_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor,
     intervals: Tensor, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    blocks = _blocks_of(query, mask, intervals)
-    if blocks is None:
-        additive = _additive(mask, query.dtype)
-        return _flash_backward(dout, query, key, value, out, logsumexp, attn_mask=additive, scale=scale)
-    dquery = torch.zeros_like(query)
-    dkey, dvalue = (torch.zeros_like(tensor, dtype=_accumulate_dtype(query)) for tensor in (key, value))
-    for block in blocks:
+    dout, query, key, value = _dense_rows(dout, query, key, value)
+    groups = query.shape[1] // key.shape[1]
+    dquery = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    dkey, dvalue = (torch.zeros(tensor.shape, dtype=_accumulate_dtype(query)) for tensor in (key, value))
+    for block in _blocks_worth_it(query, mask, intervals):
         rows, queries, keys = block.rows, block.queries, block.keys
-        results = out[rows, :, queries], logsumexp[rows, :, queries]
-        parts = (dout[rows, :, queries], *_parts(block, query, key, value), *results)
-        part_dquery, part_dkey, part_dvalue = _flash_backward(*parts, **_options(block, mask, query.dtype, scale))
+        # Each head with keys and values of its own: torch's kernel would add the gradients of shared ones in bfloat16.
+        own_keys, own_values = (tensor[rows, :, keys].repeat_interleave(groups, 1) for tensor in (key, value))
+        part_dquery, *parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout[rows, :, queries], query[rows, :, queries], own_keys, own_values, out[rows, :, queries],
+            logsumexp[rows, :, queries], **_options(block, mask, query.dtype, scale),
+        )  # fmt: skip
         dquery[rows, :, queries] = part_dquery
-        dkey[rows, :, keys] += part_dkey
-        dvalue[rows, :, keys] += part_dvalue
+        for gradient, part in zip((dkey, dvalue), parts, strict=True):
+            gradient[rows, :, keys] += part.unflatten(1, (-1, groups)).sum(2, dtype=gradient.dtype)
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
 @_interval_attention_backward.register_fake
-def _(dout, query, key, value, out, logsumexp, mask, intervals, scale):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def _(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor,
+    intervals: Tensor, scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -178,74 +203,66 @@ def _backward(ctx, dout: Tensor, _: Tensor):
 _interval_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **options) -> tuple[Tensor, Tensor]:
-    return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, **options)
+def _dense_rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose last axis is contiguous, as torch's kernel takes for granted."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
-def _flash_backward(dout, query, key, value, out, logsumexp, is_causal: bool = False, **options):
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, query, key, value, out, logsumexp, 0.0, is_causal, **options
-    )
+def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithm of each row's sum: zeros, which are right where no key is seen."""
+    return query.new_zeros(query.shape), query.new_zeros(query.shape[:3], dtype=_accumulate_dtype(query))
 
 
 def _accumulate_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _parts(block: _Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    keys = block.rows, slice(None), block.keys
-    return query[block.rows, :, block.queries], key[keys], value[keys]
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-
-
 def _options(block: _Block, mask: Tensor, dtype: torch.dtype, scale: float | None) -> dict[str, Any]:
-    rows = block.rows if mask.shape[0] > 1 else slice(None)
-    additive = _additive(mask[rows, :, block.queries, block.keys], dtype) if block.is_masked else None
-    return {"is_causal": block.is_causal, "attn_mask": additive, "scale": scale}
+    additive = None
+    if block.is_masked:
+        hidden = ~mask[block.rows if mask.shape[0] > 1 else slice(None), :, block.queries, block.keys]
+        additive = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return {"dropout_p": 0.0, "is_causal": block.is_causal, "attn_mask": additive, "scale": scale}
 
 
-def _blocks_of(query: Tensor, mask: Tensor, intervals: Tensor) -> tuple[_Block, ...] | None:
-    """The blocks to compute, or None where the mask had better be used as it is."""
-    if intervals.numel() == 0 or bool((intervals < 0).any()):
-        return None
-    blocks = _blocks(intervals.numpy().tobytes(), intervals.shape[1], query.shape[0])
-    num_seen, num_scores = sum(block.num_scores for block in blocks), query.shape[0] * mask.shape[2] * mask.shape[3]
-    return blocks if num_seen <= MOST_SEEN * num_scores else None
+def _blocks_worth_it(query: Tensor, mask: Tensor, intervals: Tensor) -> tuple[_Block, ...]:
+    """The blocks to compute: those that are seen, or one with the whole mask where that costs less."""
+    batch_size, num_heads, num_queries, _ = query.shape
+    everything = _Block(slice(0, batch_size), slice(0, num_queries), slice(0, mask.shape[-1]), False, True)
+    if query.numel() == 0 or bool((intervals < 0).any()):
+        return (everything,)
+    blocks = _blocks_seen(intervals.numpy().tobytes(), intervals.shape[1], batch_size)
+    cost = num_heads * sum(block.num_scores for block in blocks) + COST_OF_A_BLOCK * len(blocks)
+    is_worth_it = cost <= COST_OF_THE_MASK * num_heads * everything.num_scores
+    return blocks if is_worth_it or _always_in_blocks.get() else (everything,)
 
 
 @functools.lru_cache(maxsize=8)  # a model has few masks in a step, and a call in each layer for each
-def _blocks(intervals: bytes, num_rows: int, batch_size: int) -> tuple[_Block, ...]:
+def _blocks_seen(intervals: bytes, num_rows: int, batch_size: int) -> tuple[_Block, ...]:
     starts, ends = np.frombuffer(intervals, dtype=np.int64).reshape(2, num_rows, -1)
     blocks: list[_Block] = []
     first = 0
     for _, alike in groupby(np.concatenate((starts, ends), axis=1).tolist()):
         rows = slice(first, first + len(list(alike)))
-        blocks += _blocks_of_row(rows if num_rows > 1 else slice(0, batch_size), starts[first], ends[first])
+        blocks += _blocks_in_rows(rows if num_rows > 1 else slice(0, batch_size), starts[first], ends[first])
         first = rows.stop
     return tuple(blocks)
 
 
-def _blocks_of_row(rows: slice, starts: np.ndarray, ends: np.ndarray) -> Iterator[_Block]:
+def _blocks_in_rows(rows: slice, starts: np.ndarray, ends: np.ndarray) -> Iterator[_Block]:
     """Runs of queries that see the same keys, or each one key more; tiles where the first key changes too."""
     steps = np.stack((np.diff(starts), np.diff(ends)), axis=1)
     begin = 0
     while begin < len(starts):
-        length = ends[begin] - starts[begin]
-        wanted = (0, 0) if length != 1 else (0, 1)
-        matches = _run_length(steps[begin:], wanted)
-        if length == 1 and matches == 0:
-            wanted, matches = (0, 0), _run_length(steps[begin:], (0, 0))
-        stop = begin + 1 + matches
-        if matches == 0 and length > 1:  # each query sees other keys
-            stop = min(begin + TILE, len(starts))
+        num_keys, is_causal = ends[begin] - starts[begin], False
+        length = 1 + _run_length(steps[begin:], (0, 0))
+        if num_keys == 1 and length == 1:
+            length, is_causal = 1 + _run_length(steps[begin:], (0, 1)), True
+        is_tile = num_keys > 1 and length == 1  # each query sees other keys
+        stop = min(begin + (TILE if is_tile else length), len(starts))
+        if num_keys:
             low, high = starts[begin:stop].min(), ends[begin:stop].max()
-            yield _Block(rows, slice(begin, stop), slice(int(low), int(high)), False, True)
-        elif length:
-            keys = slice(int(starts[begin]), int(ends[stop - 1]))
-            yield _Block(rows, slice(begin, stop), keys, wanted == (0, 1), False)
+            yield _Block(rows, slice(begin, stop), slice(int(low), int(high)), is_causal, is_tile)
         begin = stop
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.kernels.interval_attention import interval_attention, visible_intervals
+from fxopt.kernels.interval_attention import always_in_blocks, interval_attention, visible_intervals
 from fxopt.rewrite.graph import dtype_of, shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
@@ -27,21 +27,26 @@ class SkipMaskedKeys(Rule):
     """
 
     op = "interval_attention"
+    proof_context = staticmethod(always_in_blocks)
 
     @staticmethod
-    def pattern(query: Any, key: Any, value: Any, mask: Any, dropout: Any, scale: Any, grouped: Any) -> Any:
+    def pattern(
+        query: Any, key: Any, value: Any, mask: Any, dropout: Any, causal: Any, scale: Any, grouped: Any
+    ) -> Any:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=False, scale=scale, enable_gqa=grouped
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
         )
 
     @staticmethod
-    def check(query: fx.Node, key: fx.Node, value: fx.Node, mask: Any, dropout: float) -> None:
-        require(isinstance(mask, fx.Node), "there is no mask")
+    def check(query: fx.Node, key: fx.Node, value: fx.Node, mask: Any, dropout: float, causal: bool) -> None:
+        require(isinstance(mask, fx.Node) and not causal, "")  # nothing is missed
         require(value_of(query).device.type == "cpu", "the model is not on a CPU")
         require(dtype_of(mask) == torch.bool, f"the mask is {dtype_of(mask)}: added to the scores, not chosen by")
         require(len(shape_of(query)) == len(shape_of(mask)) == 4, "query or mask is not four-dimensional")
         require(shape_of(mask)[1] == 1, "the heads have masks of their own")
         require(shape_of(mask)[-2:] == (shape_of(query)[-2], shape_of(key)[-2]), "the mask is broadcast")
+        require(shape_of(query)[0] == shape_of(key)[0], "queries and keys differ in their number of rows")
+        require(shape_of(mask)[0] in (1, shape_of(query)[0]), "queries and mask differ in their number of rows")
         require(dropout == 0.0, "attention drops out at random, so the rewrite cannot be proven")
         require(shape_of(key) == shape_of(value), "keys and values differ in shape")
         require(dtype_of(query) == dtype_of(key) == dtype_of(value), "query, key and value differ in dtype")
@@ -68,4 +73,32 @@ class SkipMaskedKeys(Rule):
         return interval_attention(query, key, value, mask, visible_intervals(mask), scale)
 
 
-SKIP_MASKED_KEYS = rules_pass("skip_masked_keys", SkipMaskedKeys)
+class SkipMaskedKeysOfSharedHeads(SkipMaskedKeys):
+    """sdpa(query, repeat_kv(key), repeat_kv(value), attn_mask=mask)
+
+    Source: transformers.integrations.sdpa_attention.repeat_kv, which is called where there is a mask.
+    """
+
+    @staticmethod
+    def pattern(
+        query: Any, key: Any, value: Any, batch: Any, kv_heads: Any, groups: Any, length: Any, width: Any, heads: Any,
+        mask: Any, dropout: Any, causal: Any, scale: Any,
+    ) -> Any:  # fmt: skip
+        key = key[:, :, None, :, :].expand((batch, kv_heads, groups, length, width))
+        value = value[:, :, None, :, :].expand((batch, kv_heads, groups, length, width))
+        return F.scaled_dot_product_attention(
+            query,
+            key.reshape((batch, heads, length, width)),
+            value.reshape((batch, heads, length, width)),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+        )
+
+
+SKIP_MASKED_KEYS = rules_pass(
+    "skip_masked_keys",
+    SkipMaskedKeysOfSharedHeads,  # before the one that is its last part
+    SkipMaskedKeys,
+)

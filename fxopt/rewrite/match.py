@@ -17,6 +17,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -45,7 +46,10 @@ class Declined(Exception):
 
 
 def require(condition: bool, reason: str) -> None:
-    """Decline the match, for `reason`, unless `condition` holds. `reason` says what is the case, not what should be."""
+    """Decline the match, for `reason`, unless `condition` holds. `reason` says what is the case, not what should be.
+
+    An empty reason says that nothing is missed, and the report leaves the place out.
+    """
     if not condition:
         raise Declined(reason)
 
@@ -65,7 +69,8 @@ class Rule:
     that must match for a mismatch to be worth a word.
 
     `examples(x, weight, …)` may return `{name: function(shape, dtype, generator) -> tensor}` for inputs that the
-    proof must not fill with normally distributed numbers.
+    proof must not fill with normally distributed numbers. `proof_context` is what the proof runs in, for an op that
+    would treat its small tensors otherwise than those of the model.
     """
 
     pattern: ClassVar[Callable[..., Any]]
@@ -75,6 +80,7 @@ class Rule:
     nearly: ClassVar[float] = 0.6
     check: ClassVar[Callable[..., None]] = staticmethod(lambda: None)
     examples: ClassVar[Callable[..., dict[str, Callable[..., torch.Tensor]]]] = staticmethod(lambda: {})
+    proof_context: ClassVar[Callable[[], AbstractContextManager[None]]] = staticmethod(nullcontext)
 
     def __init_subclass__(cls) -> None:
         for name in ("pattern", "rewrite"):
@@ -277,7 +283,7 @@ def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[N
             comparison.fail(state, reason)
         else:
             share = len(comparison.nodes) / pattern.num_nodes
-            if share > rule.nearly:
+            if share > rule.nearly and comparison.reason:
                 reason, nodes = comparison.reason, (node, *comparison.nodes)
                 near_misses.append(NearMiss(rule.__name__, node.name, source_line(node), reason, nodes, share))
     return matches, near_misses

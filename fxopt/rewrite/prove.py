@@ -35,6 +35,7 @@ FEW = 100  # the error of fewer numbers, as the largest of many in float32, is a
 MAGNITUDES = (1.0, 1e-2, 30.0, 1e4, 0.0)
 TINY = 1e-30  # where everything is smaller than this, errors are not relative any more
 SMALL_SIZES = (3, 5, 7, 11, 13)  # for dynamic sizes: distinct, so that a mixed-up axis shows
+ONLY_SIZE = (15,)  # for one dynamic size alone, as in a batch of one row: errors of three numbers would be luck
 UNKNOWN_SIZE = 17  # for a size that depends on data, and so was not known when the graph was captured
 MOST_ELEMENTS = 200_000  # of one input; beyond it, static sizes are cut
 SEED = 20_261_124
@@ -66,7 +67,7 @@ class Prover:
     def prove(self, rewrite: Rewrite) -> Proof:
         key = _key(rewrite)
         if key not in self.known:
-            with _isolated():
+            with _isolated(), rewrite.match.rule.proof_context():
                 self.known[key] = _prove(rewrite)
         return self.known[key]
 
@@ -128,7 +129,8 @@ class _Sizes:
         if small:
             # Symbols that were captured with one value may have to be equal, as the lengths of inputs and labels are.
             ordered = sorted(set(hints.values()))
-            self.symbols = {s: SMALL_SIZES[ordered.index(hint) % len(SMALL_SIZES)] for s, hint in hints.items()}
+            small_sizes = SMALL_SIZES if len(ordered) > 1 else ONLY_SIZE
+            self.symbols = {s: small_sizes[ordered.index(hint) % len(small_sizes)] for s, hint in hints.items()}
         while cut and (largest := self._size_to_cut(rewrite)):
             self.static[largest] = 32 + largest % 31
 
@@ -201,7 +203,7 @@ def _prove_at(rewrite: Rewrite, sizes: _Sizes) -> Proof:
                 slack = 2.0 if few or (is_wide and (alike or norm == "largest")) else SLACK
                 kept = errors.setdefault(
                     (name, norm, 0.0 if few else magnitude),
-                    _Errors(name, torch.finfo(original.dtype).eps, slack, ONE_ROUNDING[norm]),
+                    _Errors(name, torch.finfo(original.dtype).eps, slack, 1.0 if few else ONE_ROUNDING[norm]),
                 )
                 size = max(measure(expected), TINY)
                 kept.original = max(kept.original, measure(_difference(original, expected)) / size)

@@ -1,12 +1,19 @@
 """fxopt::interval_attention against its reference, for every kind of mask that causal models have."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import interval_attention as module
-from fxopt.kernels.interval_attention import interval_attention, interval_attention_reference, visible_intervals
+from fxopt.kernels.interval_attention import (
+    always_in_blocks,
+    interval_attention,
+    interval_attention_reference,
+    visible_intervals,
+)
 from tests.accuracy import assert_as_accurate, outputs_and_gradients
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,22 +54,36 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-def assert_accurate(mask: Tensor, *tensors: Tensor) -> None:
+def assert_accurate(mask: Tensor, *tensors: Tensor, eager: Callable[..., Tensor] | None = None) -> None:
     intervals = visible_intervals(mask)
     ours = outputs_and_gradients(lambda *t: interval_attention(*t, mask, intervals), *tensors)
-    eager = outputs_and_gradients(lambda *t: sdpa(*t, mask), *tensors)
+    original = outputs_and_gradients(eager or (lambda *t: sdpa(*t, mask)), *tensors)
     doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
     truth = outputs_and_gradients(lambda *t: interval_attention_reference(*t, mask, 0.25), *doubles)
     for name, exact in truth.items():
-        assert_as_accurate(ours[name], eager[name], exact, name)
+        assert_as_accurate(ours[name], original[name], exact, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_accurate_as_eager(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_SEEN", 1.0)  # also where the mask would do as well
     monkeypatch.setattr(module, "TILE", 8)
+    with always_in_blocks():
+        assert_accurate(masks(3, 37)[kind], *inputs(dtype))
     assert_accurate(masks(3, 37)[kind], *inputs(dtype))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(8, 2), (32, 1)])
+def test_gradients_of_shared_heads(heads: int, groups: int) -> None:
+    """As accurate as with keys and values repeated, which torch's kernel is not where heads share them."""
+    mask, tensors = masks(2, 300)["right padding"], inputs(torch.bfloat16, 2, 300, heads, groups)
+
+    def repeated(query: Tensor, *shared: Tensor) -> Tensor:
+        key, value = (tensor.repeat_interleave(heads // groups, dim=1) for tensor in shared)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    with always_in_blocks():
+        assert_accurate(mask, *tensors, eager=repeated)
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 130])
@@ -85,7 +106,8 @@ def test_what_no_query_sees_is_not_computed() -> None:
     hidden = ~mask.any(dim=2)[:, 0]
     broken = [tensor.detach().masked_fill(hidden[:, None, :, None], torch.nan) for tensor in (key, value)]
     assert sdpa(query, *broken, mask).isnan().any()
-    result = interval_attention(query, *broken, mask, visible_intervals(mask))
+    with always_in_blocks():
+        result = interval_attention(query, *broken, mask, visible_intervals(mask))
     torch.testing.assert_close(result, sdpa(query, key, value, mask))
 
 
@@ -96,6 +118,15 @@ def test_strides_and_scale() -> None:
     result = interval_attention(query, key, value, mask, visible_intervals(mask), 0.5)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
     torch.testing.assert_close(result, expected)
+
+
+def test_a_last_axis_that_is_not_contiguous() -> None:
+    mask = masks(3, 19)["right padding"]
+    apart = [torch.randn(3, 4, 16, 19).bfloat16().transpose(2, 3).requires_grad_() for _ in range(2)]
+    every_other = torch.randn(3, 4, 19, 32).bfloat16()[..., ::2].requires_grad_()
+    with always_in_blocks():
+        assert_accurate(mask, *apart, every_other)
+    assert_accurate(mask, every_other, *apart)
 
 
 def test_no_rows() -> None:
@@ -120,7 +151,8 @@ def test_registration() -> None:
 def test_shapes_that_do_not_fit() -> None:
     query, key, value = inputs(torch.float32)
     mask = masks(3, 37)["causal"]
-    with pytest.raises(ValueError, match="heads divide"):
-        interval_attention(query, key[:, :, :, :8], value, mask, visible_intervals(mask))
+    for other in (key[:, :, :, :8], key[:, :, :-1], key[:1], key[:, :1].expand(3, 3, 37, 16)):
+        with pytest.raises(ValueError, match="do not fit"):
+            interval_attention(query, other, value if other.shape[1] == 2 else other, mask, visible_intervals(mask))
     with pytest.raises(ValueError, match="mask is"):
         interval_attention(query, key, value, mask[..., 1:], visible_intervals(mask))

@@ -9,12 +9,11 @@ from tests.captured_graphs import run_optimized, targets
 from tests.passes.rewriting import DTYPES, assert_rewritten, leaf, near_misses
 
 
-def repeated_attention(q, k, v, causal=True, dropout=0.0):
+def repeated_attention(q, k, v, causal=True, dropout=0.0, mask=None):
     def repeat(x):
         batch, heads, length, width = x.shape
         return x[:, :, None, :, :].expand(batch, heads, 2, length, width).reshape(batch, heads * 2, length, width)
 
-    mask = None if causal else torch.ones(9, 9, dtype=torch.bool).tril(1)
     return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
@@ -37,3 +36,12 @@ def test_key_value_heads_stay_repeated_where_attention_drops_out():
 
     misses = near_misses(function, *(leaf(2, heads, 9, 16, dtype=torch.bfloat16) for heads in (4, 2, 2)))
     assert any("drops out" in miss.reason for miss in misses)
+
+
+def test_key_value_heads_stay_repeated_under_a_mask():
+    def function(q, k, v, mask):
+        return repeated_attention(q, k, v, causal=False, mask=mask)
+
+    tensors = (leaf(2, heads, 9, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    misses = near_misses(function, *tensors, torch.rand(2, 4, 9, 9) < 0.5)
+    assert any("there is a mask" in miss.reason for miss in misses)

@@ -176,11 +176,16 @@ def _layer_kinds(config: PretrainedConfig) -> set[Any]:
     return kinds
 
 
-def batch_for(model: PreTrainedModel, num_rows: int = 2, length: int = 17, seed: int = 1) -> dict[str, Tensor]:
-    """Random tokens; the first four of each row have no label."""
+def batch_for(
+    model: PreTrainedModel, num_rows: int = 2, length: int = 17, seed: int = 1, padding: int = 0
+) -> dict[str, Tensor]:
+    """Random tokens; the first four of each row have no label, and the last `padding` of the first are padding."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     input_ids = torch.randint(5, vocabulary - 20, (num_rows, length), generator=generator)
     labels = input_ids.clone()
     labels[:, :4] = -100
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    attention_mask = torch.ones_like(input_ids)
+    if padding:
+        labels[0, -padding:], attention_mask[0, -padding:] = -100, 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

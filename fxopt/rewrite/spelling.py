@@ -55,6 +55,9 @@ FUNCTIONAL: dict[Any, Callable[..., Any]] = {F.tanh: torch.tanh, F.sigmoid: torc
 # Methods that take their sizes one by one or as a tuple.
 SIZE_METHODS = frozenset({"view", "reshape", "expand", "permute", "repeat", "tile", "flip"})
 
+# Methods of which the function takes its arguments in another order: `x.where(c, y)` is `torch.where(c, x, y)`.
+OTHER_ORDER = frozenset({"where", "polygamma"})
+
 
 def spell_out(graph: fx.Graph) -> None:
     """Bring every call in `graph` into its canonical spelling, in place. The values do not change."""
@@ -111,7 +114,7 @@ def _spell_function(node: fx.Node) -> None:
     plain = not node.kwargs and isinstance(node.target, str | _BuiltinFunction)
     if name in ARITHMETIC and plain and len(node.args) <= 2:
         node.op, node.target = "call_function", ARITHMETIC[name]
-    elif node.op == "call_method" and name not in SIZE_METHODS and _is_torch_function(name):
+    elif node.op == "call_method" and name not in SIZE_METHODS | OTHER_ORDER and _is_torch_function(name):
         node.op, node.target = "call_function", getattr(torch, name)
 
 

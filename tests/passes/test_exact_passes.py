@@ -194,3 +194,15 @@ def test_what_has_nothing_to_do_with_a_write_is_merged():
 def test_a_copy_of_a_linear_layers_result_goes():
     assert optimized_targets(lambda x, w: F.linear(x, w).contiguous(), X, torch.randn(4, 8)) == ["linear"]
     assert "contiguous" in optimized_targets(lambda x: x.t().contiguous(), X)
+
+
+def test_operators_named_for_keywords_are_no_writes():
+    """`and_` and `or_` end like an in-place method, and write nothing: equal ones are computed once."""
+
+    def masks(x):
+        positive, small = x > 0, x < 1
+        return x.where(positive & small, x) + x.where(positive & small, x) * x.where(positive | small, x)
+
+    graph, result = run_optimized(EXACT, masks, X)
+    assert (targets(graph).count("and_"), targets(graph).count("or_"), targets(graph).count("where")) == (1, 1, 2)
+    assert torch.equal(result, masks(X))

@@ -76,3 +76,30 @@ def test_packed_batches():
     batch["position_ids"] = torch.cat((torch.arange(6), torch.arange(11))).expand(3, 17)
     assert_trains_alike(model, batch)
     assert fxopt.report(model).hits["interval_attention"] == model.config.num_hidden_layers
+
+
+def test_nothing_is_missed_where_there_is_no_padding():
+    model = fxopt.optimize(tiny_model("llama"), "bf16")
+    model(**tiny_batch()).loss.backward()
+    report = fxopt.report(model)
+    assert report.hits["causal_attention"] == model.config.num_hidden_layers
+    assert not [miss for miss in report.near_misses if "ttention" in miss.rule or "Masked" in miss.rule]
+
+
+def test_keys_with_fewer_rows_than_queries_are_left_alone():
+    """One memory for all rows: `scaled_dot_product_attention` broadcasts it, torch's kernel would read past its end."""
+
+    def shared_memory(q, k, v, lengths):
+        return padded(q, k[:1], v[:1], lengths)
+
+    misses = near_misses(shared_memory, *tensors(key_heads=4), LENGTHS)
+    assert any("number of rows" in miss.reason for miss in misses)
+
+
+def test_one_row_in_float32_is_proven():
+    """Few numbers, whose errors are luck: see fxopt/rewrite/prove.py."""
+    model, batch = fxopt.optimize(tiny_model("mistral"), "fp32"), tiny_batch(num_rows=1, padding=6)
+    model(**batch).loss.backward()
+    report = fxopt.report(model)
+    assert not report.refused
+    assert {"linear_cross_entropy", "interval_attention"} <= report.hits.keys()

@@ -22,7 +22,7 @@ from fxopt.kernels.rope import rope
 from fxopt.passes.canonicalize import CANONICALIZE
 from fxopt.passes.fuse_add_norm import FuseAddLayerNorm, FuseAddRMSNorm
 from fxopt.passes.fuse_glu import FuseClampedSwiGLU, FuseGeGLU, FuseReGLU, FuseSwiGLU
-from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM, FuseLayerNorm
+from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM, FuseLayerNorm, FuseVarianceLayerNorm
 from fxopt.passes.fuse_linear_cross_entropy import (
     FuseDividedLinearCrossEntropy,
     FuseLinearCrossEntropy,
@@ -76,6 +76,12 @@ def loss_inputs() -> list[torch.Tensor]:
 def rms(x: Any, eps: float = 1e-5) -> Any:
     h = x.to(torch.float32)
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def variance_norm(x: Any) -> Any:
+    h = x.to(torch.float32)
+    variance = h.var(dim=-1, keepdim=True, unbiased=False)
+    return ((h - h.mean(-1, keepdim=True)) * torch.rsqrt(variance + 1e-5)).to(x.dtype)
 
 
 def turned(x: Any) -> Any:
@@ -132,6 +138,7 @@ SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor
         lambda x, weight, bias: F.layer_norm(x, (WIDTH,), weight, bias, 1e-5),
         lambda: [*normed_inputs(), leaf(WIDTH)],
     ),
+    FuseVarianceLayerNorm: (variance_norm, lambda: normed_inputs()[:1]),
     FuseAddRMSNorm: (residual_rms, lambda: [*gated_inputs(), leaf(WIDTH)]),
     FuseAddLayerNorm: (residual_layer_norm, lambda: [*gated_inputs(), leaf(WIDTH), leaf(WIDTH)]),
     FuseSwiGLU: (lambda gate, up: F.silu(gate) * up, gated_inputs),
@@ -187,6 +194,8 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseLayerNorm, "no weight", lambda x, bias, eps: layer_norm(x, None, bias, eps)),
     (FuseLayerNorm, "another epsilon", lambda x, weight, bias, eps: layer_norm(x, weight, bias, eps * 2)),
     (FuseLayerNorm, "RMSNorm", lambda x, weight, bias, eps: rms_norm(x, weight, eps) + bias),
+    (FuseVarianceLayerNorm, "not centered", lambda x, eps: rms_norm(x, None, eps)),
+    (FuseVarianceLayerNorm, "another epsilon", lambda x, eps: layer_norm(x, None, None, eps * 2)),
     (FuseAddRMSNorm, "a sum that is a difference", lambda x, residual, weight, eps: add_rms_norm(x, -residual, weight, eps)),
     (FuseAddRMSNorm, "the norm of one addend", lambda x, residual, weight, eps: (x + residual, rms_norm(x, weight, eps))),
     (FuseAddRMSNorm, "results swapped", lambda x, residual, weight, eps: add_rms_norm(x, residual, weight, eps)[::-1]),

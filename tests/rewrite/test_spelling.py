@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.rewrite.graph import cast
-from fxopt.rewrite.spelling import arguments_of, spell_out
+from fxopt.rewrite.spelling import OTHER_ORDER, arguments_of, spell_out
 from tests.captured_graphs import captured
 
 X = torch.randn(3, 5)
@@ -114,3 +114,20 @@ def test_a_relu_in_place_stays():
 def test_sizes_that_only_methods_take_one_by_one(function):
     module, _ = spelled(function, X)
     assert torch.equal(module(X)[0], function(X))
+
+
+@pytest.mark.parametrize("function", [lambda x: x.where(x > 0, 2 * x), lambda x: (x > 0).where(x < 1, x == 2)])
+def test_a_method_whose_function_has_another_order_stays(function):
+    module, _ = spelled(function, X)
+    assert torch.equal(module(X)[0], function(X))
+
+
+def test_all_methods_of_another_order_are_known():
+    """Where an operator's schema does not start with `self`, method and function differ in their order."""
+    names = {name for name in dir(torch) if callable(getattr(torch, name))} & set(dir(torch.Tensor))
+    differ = set()
+    for schema in torch._C._jit_get_all_schemas():
+        arguments = [argument.name for argument in schema.arguments]
+        if schema.name.removeprefix("aten::") in names and "self" in arguments[1:]:
+            differ.add(schema.name.removeprefix("aten::"))
+    assert differ == OTHER_ORDER

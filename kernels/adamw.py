@@ -7,39 +7,27 @@
     p is stored:  round(p)
 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, as in `torch.optim.AdamW`.
-Stochastic rounding: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv:1502.02551. A float32 is
-stored as the bfloat16 below or above it, with the probabilities that make the result right on average: the 16 bits to
-be discarded are a whole number f; adding a whole number drawn evenly from [0, 2¹⁶) and cutting carries into the kept
-bits with probability f / 2¹⁶. An update far smaller than a bfloat16 step then happens rarely, instead of never. inf and
-NaN stay what they are.
+Roundings, and the noise of the stochastic one: `fxopt.kernels.rounding`.
 
 Shapes: param, grad, exp_avg, exp_avg_sq (...) alike; step () float32, counted from 1.
-Dtypes: param and grad bfloat16 or float32; states float32; all arithmetic float32.
-Bytes moved: 22 per bfloat16 element (param 4, grad 2, states 16), 28 per float32 element.
-
-The noise is a pure function of (seed, step, index): training resumed from a checkpoint continues bit by bit.
+Dtypes: param and grad bfloat16 or float32; states float32; compensation, of kahan rounding, bfloat16; all arithmetic
+float32.
+Bytes moved: 22 per bfloat16 element (param 4, grad 2, states 16; a compensation 4 more), 28 per float32 element.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, on_device, tl, triton
-
-Rounding = Literal["nearest", "stochastic"]
+from fxopt.kernels.rounding import Rounding, add_noise_, cut_, noise_key, step_noise
 
 # One chunk of a parameter is updated while it lies in the cache. Smaller chunks pay for launches: a bare loop over
 # 134.5 M parameters took 104 ms with 128 Ki elements and 81 ms with 512 Ki, on two cores.
 CHUNK_NUMEL = 1 << 19
-# On the CPU each step draws this many random numbers, and each chunk reads a slice at a random place. A number of its
-# own for every element would cost more than the whole update.
-NOISE_NUMEL = 1 << 20
-
-_MASK_64 = (1 << 64) - 1
 
 
 def adamw_reference(
@@ -65,12 +53,6 @@ def adamw_reference(
     v = beta2 * exp_avg_sq + (1 - beta2) * g * g
     p = p - lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
     return p, m, v
-
-
-def stochastic_round_reference(value: Tensor, noise: Tensor) -> Tensor:
-    """The specification of the rounding: float32 `value` (...) to bfloat16, `noise` (...) int32 in [0, 2¹⁶)."""
-    cut = (value.view(torch.int32) + noise) & -(1 << 16)
-    return torch.where(value.isfinite(), cut.view(torch.float32), value).to(torch.bfloat16)
 
 
 @triton.jit
@@ -119,11 +101,13 @@ def adamw_(
     rounding: Rounding,
     seed: int = 0,
     index: int = 0,
+    compensation: Tensor | None = None,
 ) -> None:
     """Updates `param`, `exp_avg` and `exp_avg_sq` in place; formula, shapes and dtypes: at the top of this file.
 
     `step` already counts this update. `rounding` matters to bfloat16 parameters alone. `index` tells the noise of one
-    parameter from another's. Raises TypeError for a dtype other than bfloat16 and float32.
+    parameter from another's. `compensation` is updated too, and "kahan" needs it. Raises TypeError for a dtype other
+    than bfloat16 and float32.
     """
     foreach_adamw_(
         [param],
@@ -139,6 +123,7 @@ def adamw_(
         rounding=rounding,
         seed=seed,
         indices=[index],
+        compensations=[compensation],
     )
 
 
@@ -157,12 +142,16 @@ def foreach_adamw_(
     rounding: Rounding,
     seed: int,
     indices: Sequence[int],
+    compensations: Sequence[Tensor | None] | None = None,
 ) -> None:
     """`adamw_` for many parameters: small ones share a pass. Equal, bit by bit, to `adamw_` one by one."""
     hyper = _Hyper(lr, beta1, beta2, eps, weight_decay)
     slots: dict[tuple[torch.device, torch.dtype, int], list[_Slot]] = {}
     copies: list[tuple[Tensor, Tensor]] = []
-    for param, grad, m, v, step, index in zip(params, grads, exp_avgs, exp_avg_sqs, steps, indices, strict=True):
+    compensations = compensations or [None] * len(params)
+    for param, grad, m, v, step, index, compensation in zip(
+        params, grads, exp_avgs, exp_avg_sqs, steps, indices, compensations, strict=True
+    ):
         if param.dtype not in (torch.bfloat16, torch.float32):
             raise TypeError(f"adamw_ updates bfloat16 and float32 parameters, got {param.dtype}")
         if m.dtype != torch.float32 or v.dtype != torch.float32:
@@ -172,10 +161,11 @@ def foreach_adamw_(
         dense = param.contiguous()
         if dense is not param:
             copies.append((param, dense))
-        slot = _Slot(dense.view(-1), grad.reshape(-1), m.view(-1), v.view(-1), step, index)
+        cut_off = compensation.view(-1) if compensation is not None else None
+        slot = _Slot(dense.view(-1), grad.reshape(-1), m.view(-1), v.view(-1), step, index, cut_off)
         slots.setdefault((param.device, param.dtype, int(step)), []).append(slot)
     for (device, dtype, step_count), group in slots.items():
-        if device.type in TRITON_DEVICES:
+        if device.type in TRITON_DEVICES and rounding != "kahan":
             for slot in group:
                 _launch(slot, step_count, hyper, rounding, noise_key(seed, step_count, slot.index))
         elif dtype == torch.float32:
@@ -184,17 +174,6 @@ def foreach_adamw_(
             _update_in_chunks(group, step_count, hyper, rounding, seed)
     for param, dense in copies:
         param.copy_(dense)
-
-
-def noise_key(seed: int, step: int, index: int) -> int:
-    """62 random bits from (seed, step, index): the finalizer of splitmix64 (Steele et al., 2014), once per number."""
-    key = 0
-    for number in (seed, step, index):
-        key = (key + number + 0x9E3779B97F4A7C15) & _MASK_64
-        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK_64
-        key ^= key >> 31
-    return key >> 2
 
 
 @dataclass(frozen=True)
@@ -216,6 +195,7 @@ class _Slot:
     exp_avg_sq: Tensor
     step: Tensor
     index: int
+    compensation: Tensor | None = None
     chunk: int = 0
 
     def chunks(self) -> Iterator["_Slot"]:
@@ -232,6 +212,7 @@ class _Slot:
                 self.exp_avg_sq[part],
                 self.step,
                 self.index,
+                self.compensation[part] if self.compensation is not None else None,
                 chunk,
             )
 
@@ -266,22 +247,25 @@ def _update_in_chunks(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Ro
     device = slots[0].param.device
     p32, g32 = torch.empty(numel, device=device), torch.empty(numel, device=device)
     bits = p32.view(torch.int32)
-    noise = _noise(noise_key(seed, step, 0), device) if rounding == "stochastic" else None
+    noise = step_noise(seed, step, device) if rounding == "stochastic" else None
     for batch in batches:
         sizes = [slot.param.numel() for slot in batch]
         total = sum(sizes)
         stored, values, grads = [slot.param for slot in batch], _pieces(p32, sizes), _pieces(g32, sizes)
+        cut_off = [slot.compensation for slot in batch if slot.compensation is not None]
         torch._foreach_copy_(values, stored)
         torch._foreach_copy_(grads, [slot.grad for slot in batch])
+        if rounding == "kahan":
+            torch._foreach_add_(values, cut_off)
         _update([replace(slot, param=p, grad=g) for slot, p, g in zip(batch, values, grads, strict=True)], step, hyper)
         if noise is not None:
-            keys = [noise_key(noise_key(seed, step, slot.index), slot.chunk, 0) for slot in batch]
-            for piece, key in zip(_pieces(bits, sizes), keys, strict=True):
-                start = key % (NOISE_NUMEL - piece.numel() + 1)
-                piece.add_(noise[start : start + piece.numel()])
-            # A NaN that arithmetic makes has its low bits clear, so it does not carry into the sign.
-            bits[:total].bitwise_and_(-(1 << 16))
+            for slot, piece in zip(batch, _pieces(bits, sizes), strict=True):
+                add_noise_(piece, noise, noise_key(noise_key(seed, step, slot.index), slot.chunk, 0))
+            cut_(bits[:total])
         torch._foreach_copy_(stored, values)
+        if rounding == "kahan":
+            torch._foreach_sub_(values, stored)
+            torch._foreach_copy_(cut_off, values)
 
 
 def _batches(slots: list[_Slot]) -> Iterator[list[_Slot]]:
@@ -297,13 +281,6 @@ def _batches(slots: list[_Slot]) -> Iterator[list[_Slot]]:
             numel += chunk.param.numel()
     if batch:
         yield batch
-
-
-def _noise(key: int, device: torch.device) -> Tensor:
-    """NOISE_NUMEL numbers, int32, even in [0, 2¹⁶): four from each 64-bit draw of the CPU's generator."""
-    generator = torch.Generator().manual_seed(key)
-    draws = torch.empty(NOISE_NUMEL // 4, dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
-    return draws.view(torch.int16).to(torch.int32).bitwise_and_((1 << 16) - 1).to(device)
 
 
 def _pieces(scratch: Tensor, sizes: list[int]) -> list[Tensor]:

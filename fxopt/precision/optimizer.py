@@ -1,16 +1,21 @@
-"""The optimizer that a policy asks for: AdamW with float32 arithmetic and states over two-byte parameters."""
+"""The optimizer that a policy asks for: float32 arithmetic, states in 32, 8 or 4 bits, one rounding at the store."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fxopt.kernels.adamw import Rounding, foreach_adamw_
+from fxopt.kernels.rounding import Rounding
+from fxopt.precision import optimizer_states
 from fxopt.precision.annotate import parameter_precisions
+from fxopt.precision.gradient_clipping import ClipBy, GradientClipping
+from fxopt.precision.optimizer_kinds import RULES, Item, Kind
+from fxopt.precision.parameter_storage import is_int8, local
+from fxopt.precision.policy import OptimizerState, Precision
+from fxopt.precision.release_gradients import UpdateInBackward
 from fxopt.precision.roles import Role, parameter_roles
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer(
@@ -21,49 +26,84 @@ def optimizer(
     weight_decay: float = 1e-2,
     *,
     no_decay: str | None = None,
+    kind: Kind = "adamw",
+    momentum: float | None = None,
+    nesterov: bool | None = None,
+    release_gradients: bool = False,
+    clip_grad_norm: float | None = None,
+    clip_by: ClipBy = "global",
     seed: int = 0,
-) -> "AdamW":
-    """AdamW for `model` as its policy asks; the arguments and their defaults are those of `torch.optim.AdamW`.
+) -> "Optimizer":
+    """The optimizer for `model` as its policy asks; arguments and defaults are those of `torch.optim.AdamW`.
 
-    An annotated model's parameters are rounded as its policy says, those of any other model stochastically where they
-    are bfloat16. States are float32 always: 8 bytes per parameter.
+    An annotated model's parameters are rounded, and their states kept, as its policy says. In any other model bfloat16
+    is rounded stochastically, and states are float32: 8 bytes per parameter.
 
     no_decay: roles that get no weight decay, separated by commas: "norm,bias". Default: none, as in torch.
+    kind: "adamw"; "sgd", "adafactor" and "muon" are the formulas of torch's own classes. "muon" updates the linear
+        weights, and leaves everything else to AdamW.
+    momentum, nesterov: of SGD and Muon. Default: torch's.
+    release_gradients, clip_grad_norm, clip_by: see `Optimizer`.
     seed: of the rounding noise.
 
     Raises ValueError (no trainable parameter, unknown role in `no_decay`, option out of range), TypeError (a trainable
-    parameter that is neither float32 nor bfloat16, or a quantized one).
+    parameter that is neither float32, nor bfloat16, nor torchao's int8 weight for training).
     """
     exempt = _roles_named(no_decay)
     roles = parameter_roles(model)
     precisions = parameter_precisions(model)
-    groups: dict[tuple[bool, Rounding], list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[tuple[object, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        rounding = precisions[name].rounding if name in precisions else "nearest"
-        groups.setdefault((roles[name] in exempt, rounding), []).append((name, parameter))
+        options = {
+            "weight_decay": 0.0 if roles[name] in exempt else weight_decay,
+            "kind": "adamw" if kind == "muon" and not _is_muons(parameter, roles[name]) else kind,
+            **_rounding_and_state(precisions.get(name) or getattr(parameter, "fxopt_precision", None)),
+        }
+        group = groups.setdefault(tuple(options.values()), {"params": [], **options})
+        group["params"].append((name, parameter))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to optimize")
-    return AdamW(
-        [
-            {"params": named, "rounding": rounding, "weight_decay": 0.0 if exempted else weight_decay}
-            for (exempted, rounding), named in groups.items()
-        ],
+    return Optimizer(
+        list(groups.values()),
         lr=lr,
         betas=betas,
         eps=eps,
         weight_decay=weight_decay,
+        kind=kind,
+        momentum=momentum,
+        nesterov=nesterov,
+        release_gradients=release_gradients,
+        clip_grad_norm=clip_grad_norm,
+        clip_by=clip_by,
         seed=seed,
     )
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW over float32 and bfloat16 parameters: float32 arithmetic, float32 states, stochastic rounding of bfloat16.
+class Optimizer(torch.optim.Optimizer):
+    """AdamW, SGD, Adafactor or Muon over float32, bfloat16 and int8 parameters, in float32 arithmetic.
 
-    Arguments and defaults are those of `torch.optim.AdamW`, plus `rounding` ("stochastic" or "nearest") and `seed` of
-    the noise. The noise is a pure function of (seed, number of the parameter's step, place of the parameter), so
-    training resumed from `state_dict` continues bit by bit. Formula and source: `fxopt.kernels.adamw`.
+    Arguments and defaults are those of `torch.optim.AdamW`, and, in each group of its own if need be:
 
-    State per parameter, as in torch: `step` () float32 on the CPU; `exp_avg`, `exp_avg_sq` (...) float32.
+    kind: the update rule; momentum, nesterov: of SGD and Muon, None for torch's default.
+    rounding: of bfloat16 parameters: "stochastic", "nearest" or "kahan". int8 parameters are rounded stochastically.
+    optimizer_state: "float32", "8bit" or "4bit" (torchao's; tensors under 4096 elements, or not a whole number of
+        blocks, stay float32).
+    seed: of the noise, a pure function of (seed, number of the parameter's step, place of the parameter): training
+        resumed from `state_dict` continues bit by bit.
+
+    For all groups:
+
+    release_gradients: each parameter is updated inside backward, as soon as its gradient is complete, and the gradient
+        is freed. `step()` then only updates what backward has left, and counts the step. Gradients of several backward
+        passes are summed under `no_update()`.
+    clip_grad_norm: the largest norm of the gradients; None for no clipping.
+    clip_by: "global", `torch.nn.utils.clip_grad_norm_` over all parameters, at the head of `step()`. With released
+        gradients that norm is known too late; there is "previous", which scales by the global norm of the step before
+        (the first step, which has none before it, is clipped as "parameter"), and "parameter", which clips each
+        gradient by its own norm.
+
+    State per parameter, as in torch: `step` () float32 on the CPU; AdamW's `exp_avg`, `exp_avg_sq` (...); with kahan
+    rounding also `compensation` (...) bfloat16.
     """
 
     def __init__(
@@ -74,7 +114,14 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        kind: Kind = "adamw",
+        momentum: float | None = None,
+        nesterov: bool | None = None,
         rounding: Rounding = "stochastic",
+        optimizer_state: OptimizerState = "float32",
+        release_gradients: bool = False,
+        clip_grad_norm: float | None = None,
+        clip_by: ClipBy = "global",
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -82,9 +129,18 @@ class AdamW(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "kind": kind,
+            "momentum": momentum,
+            "nesterov": nesterov,
             "rounding": rounding,
+            "optimizer_state": optimizer_state,
             "seed": seed,
+            "previous_grad_norm": None,
         }
+        self._clipping = GradientClipping(clip_grad_norm, clip_by, released=release_gradients)
+        self._in_backward = UpdateInBackward() if release_gradients else None
+        self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
+        self._observers: list[UpdateObserver] = []
         super().__init__(cast(Any, params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -95,10 +151,11 @@ class AdamW(torch.optim.Optimizer):
             _check_options(group)
             for place, parameter in enumerate(group["params"]):
                 if parameter.requires_grad:
-                    _check_parameter(parameter, _name(group, place))
+                    _check_parameter(parameter, group, place)
         except Exception:
             self.param_groups.pop()
             raise
+        self._take_places()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -110,47 +167,66 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        self._add_states()
-        index = 0
+        remaining = [parameter for parameter in self._places if parameter.grad is not None]
+        self.update(remaining)
+        norm = self._clipping.finish_step()
         for group in self.param_groups:
-            params, grads, states, indices = [], [], [], []
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    params.append(_local(parameter))
-                    grads.append(_local(parameter.grad))
-                    states.append(self.state[parameter])
-                    indices.append(index)
-                index += 1
-            for state in states:
-                state["step"] += 1
-            foreach_adamw_(
-                params,
-                grads,
-                [_local(state["exp_avg"]) for state in states],
-                [_local(state["exp_avg_sq"]) for state in states],
-                [state["step"] for state in states],
-                lr=float(group["lr"]),
-                beta1=float(group["betas"][0]),
-                beta2=float(group["betas"][1]),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                rounding=group["rounding"],
-                seed=group["seed"],
-                indices=indices,
-            )
+            group["previous_grad_norm"] = norm
+        if self._in_backward is not None:
+            self._in_backward.start_over()
         return loss
 
+    @torch.no_grad()
+    def update(self, parameters: Sequence[Tensor]) -> None:
+        """Updates these parameters, all of which have a gradient. `step()` and released gradients come through here."""
+        self._check_gradients(parameters)
+        self._clipping.clip(parameters, self.param_groups[0]["previous_grad_norm"])
+        self._add_states(parameters)
+        for observer in self._observers:
+            observer.before_update(parameters)
+        items: dict[int, list[Item]] = {}
+        for parameter in parameters:
+            group, index = self._places[parameter]
+            self.state[parameter]["step"] += 1
+            if parameter.numel():
+                items.setdefault(id(group), []).append(Item(parameter, self.state[parameter], index))
+        for group in self.param_groups:
+            if found := items.get(id(group)):
+                RULES[group["kind"]].update(found, group)
+        for observer in self._observers:
+            observer.after_update(parameters)
+
+    def register_update_observer(self, observer: "UpdateObserver") -> None:
+        """`observer` sees each update, inside `step()` or inside backward. Not copied or pickled."""
+        self._observers.append(observer)
+
+    def remove_update_observer(self, observer: "UpdateObserver") -> None:
+        """`observer` sees no more updates."""
+        self._observers.remove(observer)
+
+    @contextlib.contextmanager
+    def no_update(self) -> Iterator[None]:
+        """Backward passes in this context leave their gradients to be summed: all but the last of an accumulation."""
+        paused = self._in_backward.paused() if self._in_backward is not None else contextlib.nullcontext()
+        with paused:
+            yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. With released gradients it also forgets a backward pass that was broken off."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.start_over()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state as `torch.optim.Optimizer` does, but keeps its moments float32.
+        """Loads a state as `torch.optim.Optimizer` does, but keeps its moments float32, or quantized.
 
         torch casts the moments to the parameter's dtype: through bfloat16, a resumed run would leave its path at once.
-        The state of a `torch.optim.AdamW` is accepted too.
+        The state of one of torch's optimizers of the same kind is accepted too.
         """
 
         def keep(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             groups = [
-                {"rounding": mine["rounding"], "seed": mine["seed"], **saved}  # torch.optim.AdamW saves neither
+                {**{name: value for name, value in mine.items() if name in self.defaults}, **saved}
                 for mine, saved in zip(self.param_groups, loaded["param_groups"], strict=False)
             ]
             kept = {key: _Kept(state) for key, state in loaded["state"].items()}
@@ -163,43 +239,78 @@ class AdamW(torch.optim.Optimizer):
         finally:
             handle.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_clipping": self._clipping,
+            "_in_backward": self._in_backward,
+            "_observers": [],
+        }
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        groups = {parameter: group for group in state["param_groups"] for parameter in group["params"]}
         for parameter, values in state["state"].items():
             if isinstance(values, _Kept):
-                state["state"][parameter] = values.on(parameter)
+                state["state"][parameter] = values.on(parameter, groups[parameter])
         super().__setstate__(state)
+        self._take_places()
 
-    def _add_states(self) -> None:
+    def _take_places(self) -> None:
+        """Group and place of each parameter: groups change in `add_param_group` and `load_state_dict` alone."""
+        parameters = ((parameter, group) for group in self.param_groups for parameter in group["params"])
+        self._places = {parameter: (group, index) for index, (parameter, group) in enumerate(parameters)}
+        if self._in_backward is not None:
+            self._in_backward.attach(self, self._places)
+
+    def _add_states(self, parameters: Sequence[Tensor]) -> None:
         """Zeros for the parameters that are updated for the first time.
 
-        Moments of one device lie in one piece of memory. One by one they would settle in the gaps that the first
-        backward pass has left behind, and every later step would need its activations elsewhere.
+        Float32 moments of one device lie in one piece of memory. One by one they would settle in the gaps that the
+        first backward pass has left behind, and every later step would need its activations elsewhere.
         """
-        fresh: dict[torch.device, list[Tensor]] = {}
-        for group in self.param_groups:
-            for place, parameter in enumerate(group["params"]):
-                if parameter.grad is not None and not self.state.get(parameter):
-                    _check_parameter(parameter, _name(group, place))  # frozen when it was added, trained now
-                    if hasattr(parameter, "to_local"):
-                        self.state[parameter] = _zero_state(
-                            parameter, *(torch.zeros_like(parameter, dtype=torch.float32) for _ in _MOMENTS)
-                        )
-                    else:
-                        fresh.setdefault(parameter.device, []).append(parameter)
-        for device, parameters in fresh.items():
-            sizes = [parameter.numel() for parameter in parameters]
-            pieces = [torch.zeros(sum(sizes), device=device).split(sizes) for _ in _MOMENTS]
-            for parameter, *moments in zip(parameters, *pieces, strict=True):
-                self.state[parameter] = _zero_state(parameter, *moments)
+        fresh = [parameter for parameter in parameters if not self.state.get(parameter)]
+        together: dict[torch.device, list[tuple[Tensor, str]]] = {}
+        for parameter in fresh:
+            group, _ = self._places[parameter]
+            _check_parameter(parameter, group, _place(group, parameter))  # frozen when it was added, trained now
+        for parameter in fresh:
+            group, _ = self._places[parameter]
+            state = self.state[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16 and not is_int8(parameter):
+                state["compensation"] = torch.zeros_like(parameter, requires_grad=False).contiguous()
+            if group["kind"] != "adamw":
+                continue  # torch's class makes its own
+            for name, signed in RULES["adamw"].signed.items():
+                if optimizer_states.quantizes(local(parameter).numel(), group["optimizer_state"]):
+                    state[name] = optimizer_states.quantized_zeros(parameter, group["optimizer_state"], signed=signed)
+                elif hasattr(parameter, "to_local"):
+                    state[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                else:
+                    together.setdefault(parameter.device, []).append((parameter, name))
+        for device, moments in together.items():
+            sizes = [parameter.numel() for parameter, _ in moments]
+            pieces = torch.zeros(sum(sizes), device=device).split(sizes)
+            for (parameter, name), piece in zip(moments, pieces, strict=True):
+                self.state[parameter][name] = piece.view(parameter.shape)
 
-    def _check_gradients(self) -> None:
-        for group in self.param_groups:
-            for place, parameter in enumerate(group["params"]):
-                if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"the gradient of {_name(group, place)} is sparse, and AdamW updates dense ones; "
-                        "build the embedding with sparse=False"
-                    )
+    def _check_gradients(self, parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            if parameter.grad.layout != torch.strided:
+                group, _ = self._places[parameter]
+                raise RuntimeError(
+                    f"the gradient of {_name(group, _place(group, parameter))} is sparse, and fxopt.optimizer updates "
+                    "dense ones; build the embedding with sparse=False"
+                )
+
+
+class UpdateObserver(Protocol):
+    """What looks at updates: `fxopt.monitor`. The parameters have their (clipped) gradients in both calls."""
+
+    def before_update(self, parameters: Sequence[Tensor]) -> None: ...
+
+    def after_update(self, parameters: Sequence[Tensor]) -> None: ...
 
 
 class _Kept:
@@ -208,22 +319,38 @@ class _Kept:
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
 
-    def on(self, parameter: Tensor) -> dict[str, Any]:
+    def on(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         loaded = dict(self.values)
-        loaded["step"] = torch.as_tensor(loaded["step"], dtype=torch.float32, device="cpu")
-        for moment in _MOMENTS:
-            loaded[moment] = loaded[moment].to(parameter.device, torch.float32).contiguous()
+        loaded["step"] = torch.as_tensor(loaded.get("step", 1), dtype=torch.float32, device="cpu")
+        signed = RULES[group["kind"]].signed
+        for name, value in loaded.items():
+            if not torch.is_tensor(value) or name == "step":
+                continue
+            value = value.to(parameter.device)
+            if name == "compensation":
+                loaded[name] = value.to(torch.bfloat16).contiguous()
+            elif hasattr(value, "to_local"):
+                loaded[name] = value if optimizer_states.is_quantized(value.to_local()) else value.float()
+            else:
+                value = value if optimizer_states.is_quantized(value) else value.float().contiguous()
+                if name in signed:
+                    value = optimizer_states.convert(value, group["optimizer_state"], signed=signed[name])
+                loaded[name] = value
         return loaded
 
 
-def _zero_state(parameter: Tensor, *moments: Tensor) -> dict[str, Tensor]:
-    named = {name: moment.view(parameter.shape) for name, moment in zip(_MOMENTS, moments, strict=True)}
-    return {"step": torch.zeros((), dtype=torch.float32), **named}
+def _rounding_and_state(precision: Precision | None) -> dict[str, Any]:
+    if precision is None:
+        return {"rounding": "nearest", "optimizer_state": "float32"}
+    return {"rounding": precision.rounding, "optimizer_state": precision.optimizer_state}
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor (FSDP2), which shares its memory. AdamW needs no other part."""
-    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor.detach()
+def _is_muons(parameter: Tensor, role: Role) -> bool:
+    return role == Role.LINEAR and parameter.dim() == 2
+
+
+def _place(group: dict[str, Any], parameter: Tensor) -> int:
+    return next(place for place, other in enumerate(group["params"]) if other is parameter)
 
 
 def _name(group: dict[str, Any], place: int) -> str:
@@ -232,17 +359,27 @@ def _name(group: dict[str, Any], place: int) -> str:
     return f"parameter {names[place]!r}" if names else f"parameter {place} of its group, of shape {shape},"
 
 
-def _check_parameter(parameter: Tensor, name: str) -> None:
-    if hasattr(type(parameter), "__tensor_flatten__") and not hasattr(parameter, "to_local"):
+def _check_parameter(parameter: Tensor, group: dict[str, Any], place: int) -> None:
+    name = _name(group, place)
+    if is_int8(parameter):
+        pass
+    elif hasattr(type(parameter), "__tensor_flatten__") and not hasattr(parameter, "to_local"):
         raise TypeError(
             f"{name} is a {type(parameter).__name__}, not a plain tensor: freeze it (requires_grad_(False)) or train "
             "it with the optimizer of the library that quantized it"
         )
-    if parameter.dtype not in (torch.float32, torch.bfloat16):
+    elif parameter.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(
-            f"{name} is {parameter.dtype}, and AdamW updates torch.float32 and torch.bfloat16: convert the model with "
-            "fxopt.annotate(model, 'bf16'), or freeze the parameter"
+            f"{name} is {parameter.dtype}, and fxopt.optimizer updates torch.float32 and torch.bfloat16: convert the "
+            "model with fxopt.annotate(model, 'bf16'), or freeze the parameter"
         )
+    elif hasattr(parameter, "to_local") and optimizer_states.quantizes(
+        local(parameter).numel(), group["optimizer_state"]
+    ):
+        raise TypeError(
+            f"{name} is sharded, and {group['optimizer_state']} optimizer states are not: use optimizer_state='float32'"
+        )
+    RULES[group["kind"]].check(parameter, name)
 
 
 def _check_options(group: dict[str, Any]) -> None:
@@ -252,11 +389,14 @@ def _check_options(group: dict[str, Any]) -> None:
         ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
         ("eps", group["eps"], group["eps"] >= 0),
         ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
-        ("rounding", group["rounding"], group["rounding"] in ("nearest", "stochastic")),
+        ("kind", group["kind"], group["kind"] in get_args(Kind)),
+        ("momentum", group["momentum"], group["momentum"] is None or group["momentum"] >= 0),
+        ("rounding", group["rounding"], group["rounding"] in get_args(Rounding)),
+        ("optimizer_state", group["optimizer_state"], group["optimizer_state"] in get_args(OptimizerState)),
         ("seed", group["seed"], isinstance(group["seed"], int)),
     ):
         if not right:
-            raise ValueError(f"AdamW: {option}={value!r} is out of range")
+            raise ValueError(f"fxopt.optimizer: {option}={value!r} is out of range")
 
 
 def _roles_named(no_decay: str | None) -> frozenset[Role]:

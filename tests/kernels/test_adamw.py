@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import adamw as kernel
-from fxopt.kernels.adamw import adamw_, adamw_reference, foreach_adamw_, noise_key, stochastic_round_reference
+from fxopt.kernels.adamw import adamw_, adamw_reference, foreach_adamw_
+from fxopt.kernels.rounding import noise_key, stochastic_round_reference
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 ODD_NUMELS = (1, 7, 255, 4097, kernel.CHUNK_NUMEL + 3)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 from fxopt.precision.annotate import annotate
-from fxopt.precision.optimizer import AdamW, optimizer
+from fxopt.precision.optimizer import Optimizer, optimizer
 
 Train = Callable[[int], list[float]]
 
@@ -64,7 +64,7 @@ def test_no_update_is_lost() -> None:
     """A weight of 1.0, whose step in bfloat16 is 2**-7 upwards, moves by 1e-4 a step, 100 times."""
     ours, torchs = vector(), vector()
     for parameter, opt in (
-        (ours, AdamW([ours], lr=1e-4, weight_decay=0.0)),
+        (ours, Optimizer([ours], lr=1e-4, weight_decay=0.0)),
         (torchs, torch.optim.AdamW([torchs], lr=1e-4, weight_decay=0.0)),
     ):
         for _ in range(100):
@@ -111,14 +111,14 @@ def test_states_are_float32(llama: LlamaForCausalLM, tokens: Tensor) -> None:
     assert held == 8 * sum(parameter.numel() for parameter in llama.parameters())
 
 
-def resume_from_file(model: nn.Module, opt: AdamW, twin: nn.Module, folder: Path) -> AdamW:
+def resume_from_file(model: nn.Module, opt: Optimizer, twin: nn.Module, folder: Path) -> Optimizer:
     torch.save(opt.state_dict(), folder / "optimizer.pt")
     resumed = optimizer(twin, lr=5.0, seed=99)  # the checkpoint's options hold
     resumed.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     return resumed
 
 
-def resume_from_distributed_checkpoint(model: nn.Module, opt: AdamW, twin: nn.Module, folder: Path) -> AdamW:
+def resume_from_distributed_checkpoint(model: nn.Module, opt: Optimizer, twin: nn.Module, folder: Path) -> Optimizer:
     dcp.save({"optimizer": get_optimizer_state_dict(model, opt)}, checkpoint_id=folder)
     resumed = optimizer(twin, lr=5.0, seed=99)
     state = {"optimizer": get_optimizer_state_dict(twin, resumed)}
@@ -129,7 +129,7 @@ def resume_from_distributed_checkpoint(model: nn.Module, opt: AdamW, twin: nn.Mo
 
 @pytest.mark.parametrize("resume", [resume_from_file, resume_from_distributed_checkpoint])
 def test_resume_continues_bit_by_bit(
-    llama: LlamaForCausalLM, tokens: Tensor, tmp_path: Path, resume: Callable[..., AdamW]
+    llama: LlamaForCausalLM, tokens: Tensor, tmp_path: Path, resume: Callable[..., Optimizer]
 ) -> None:
     opt = optimizer(annotate(llama, "bf16"), lr=1e-3, seed=7)
     trainer(llama, opt, tokens)(3)
@@ -153,7 +153,7 @@ def test_equal_parameters_round_differently() -> None:
     first, second = vector(), vector()
     for parameter in (first, second):
         parameter.grad = torch.ones_like(parameter)
-    AdamW([first, second]).step()
+    Optimizer([first, second]).step()
     assert not torch.equal(first, second)
 
 
@@ -214,7 +214,7 @@ def test_a_model_never_annotated_is_rounded_by_its_storage(llama: LlamaForCausal
 
 def test_parameters_without_a_gradient_are_left_alone() -> None:
     trained, frozen, later = vector(), vector().requires_grad_(False), vector()
-    opt = AdamW([trained, frozen])
+    opt = Optimizer([trained, frozen])
     trained.grad = torch.ones_like(trained)
     opt.step()
     assert not torch.all(trained == 1) and torch.all(frozen == 1)
@@ -229,7 +229,7 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
 
 def test_a_closure_is_called_with_gradients() -> None:
     parameter = vector(dtype=torch.float32)
-    opt = AdamW([parameter])
+    opt = Optimizer([parameter])
 
     def closure() -> Tensor:
         opt.zero_grad()
@@ -322,8 +322,8 @@ def test_a_sparse_gradient_is_refused_before_any_change() -> None:
     [("lr", -1.0), ("betas", (1.0, 0.9)), ("eps", -1e-8), ("weight_decay", -0.1), ("rounding", "up"), ("seed", 0.5)],
 )
 def test_an_option_out_of_range_is_refused(option: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"AdamW: {option}="):
-        AdamW([vector()], **{option: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"fxopt.optimizer: {option}="):
+        Optimizer([vector()], **{option: value})  # type: ignore[arg-type]
 
 
 def test_an_unknown_role_is_refused(llama: LlamaForCausalLM) -> None:

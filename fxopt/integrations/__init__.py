@@ -1,0 +1,1 @@
+"""One file per training stack that fxopt works with."""

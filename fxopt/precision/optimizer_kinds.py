@@ -1,0 +1,191 @@
+"""The update rules: AdamW in fxopt's kernel; SGD, Adafactor and Muon in torch's own classes. All in float32.
+
+Each rule takes the parameters of one group, reads them as float32, updates, and rounds once at the store.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.kernels.adamw import foreach_adamw_
+from fxopt.precision import optimizer_states
+from fxopt.precision.parameter_storage import is_int8, local, storage_of
+
+Kind = Literal["adamw", "sgd", "adafactor", "muon"]
+Group = dict[str, Any]
+State = dict[str, Any]
+
+# Elements that pass through float32 scratch at a time where states are quantized or weights are int8.
+CHUNK_NUMEL = 1 << 17
+
+
+@dataclass(frozen=True)
+class Item:
+    """One parameter with a gradient. `index` tells the noise of one parameter from another's."""
+
+    parameter: Tensor
+    state: State
+    index: int
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.parameter.grad is not None
+        return local(self.parameter.grad)
+
+    def storage(self, group: Group) -> Any:
+        """The parameter's values; the state already counts this step."""
+        compensation = self.state.get("compensation")
+        return storage_of(
+            self.parameter,
+            group["rounding"],
+            seed=group["seed"],
+            step=int(self.state["step"]),
+            index=self.index,
+            compensation=local(compensation) if compensation is not None else None,
+        )
+
+
+class UpdateRule(Protocol):
+    """One kind of optimizer. `signed` names the states that may be quantized, and whether they have a sign."""
+
+    signed: dict[str, bool]
+
+    def check(self, parameter: Tensor, name: str) -> None:
+        """Raises ValueError or TypeError for a parameter that this rule cannot update."""
+
+    def update(self, items: Sequence[Item], group: Group) -> None:
+        """One update of each parameter and its state, in place. `state["step"]` already counts it."""
+
+
+class AdamWRule:
+    """fxopt's kernel. State: `exp_avg`, `exp_avg_sq` (...), zeros at the first step."""
+
+    signed = {"exp_avg": True, "exp_avg_sq": False}  # noqa: RUF012
+
+    def check(self, parameter: Tensor, name: str) -> None:
+        """AdamW updates every parameter."""
+
+    def update(self, items: Sequence[Item], group: Group) -> None:
+        plain: list[Item] = []
+        for item in items:
+            if is_int8(item.parameter) or optimizer_states.is_quantized(local(item.state["exp_avg"])):
+                self._update_in_chunks(item, group)
+            else:
+                plain.append(item)
+        compensations = [item.state.get("compensation") for item in plain]
+        foreach_adamw_(
+            [local(item.parameter) for item in plain],
+            [item.gradient for item in plain],
+            [local(item.state["exp_avg"]) for item in plain],
+            [local(item.state["exp_avg_sq"]) for item in plain],
+            [item.state["step"] for item in plain],
+            **_adamw_options(group),
+            rounding=group["rounding"],
+            seed=group["seed"],
+            indices=[item.index for item in plain],
+            compensations=[local(cut_off) if cut_off is not None else None for cut_off in compensations],
+        )
+
+    def _update_in_chunks(self, item: Item, group: Group) -> None:
+        storage = item.storage(group)
+        gradient = item.gradient.reshape(-1)
+        moments = [local(item.state[name]) for name in self.signed]
+        numel = gradient.numel()
+        aligned = math.lcm(storage.alignment, *(getattr(moment, "block_size", 1) for moment in moments))
+        chunk = max(aligned, CHUNK_NUMEL // aligned * aligned)
+        for start in range(0, numel, chunk):
+            stop = min(start + chunk, numel)
+            values = storage.read(start, stop)
+            m, v = (optimizer_states.read(moment, start, stop) for moment in moments)
+            foreach_adamw_(
+                [values],
+                [gradient[start:stop].float()],
+                [m],
+                [v],
+                [item.state["step"]],
+                **_adamw_options(group),
+                rounding="nearest",
+                seed=0,
+                indices=[0],
+            )
+            optimizer_states.write(moments[0], start, m)
+            optimizer_states.write(moments[1], start, v)
+            if float(group["lr"]):  # without one nothing has changed, and int8 codes would be drawn anew
+                storage.write(start, values)
+        storage.finish()
+
+
+class TorchRule:
+    """A class of torch.optim, applied to a float32 copy of one parameter at a time: its formula, our rounding.
+
+    State: that of the class, in float32 or quantized, and `step`.
+    """
+
+    def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], options: Sequence[str], **fixed: Any) -> None:
+        self._optimizer, self._options, self._fixed = optimizer, options, fixed
+        self.signed = {"momentum_buffer": True}
+
+    def check(self, parameter: Tensor, name: str) -> None:
+        if hasattr(parameter, "to_local"):
+            raise TypeError(f"{name} is sharded, and {self._optimizer.__name__} needs it whole: use kind='adamw'")
+        if self._optimizer is torch.optim.Muon and parameter.dim() != 2:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, and Muon updates matrices: use kind='adamw'")
+
+    def update(self, items: Sequence[Item], group: Group) -> None:
+        for item in items:
+            self._update(item, group)
+
+    def _update(self, item: Item, group: Group) -> None:
+        storage, step, numel = item.storage(group), item.state["step"], item.gradient.numel()
+        values = storage.read(0, numel)
+        value = nn.Parameter(values.view(item.gradient.shape))
+        value.grad = item.gradient.float()
+        own: dict[str, Any] = {name: group[name] for name in self._options if group[name] is not None}
+        library = self._optimizer([value], lr=float(group["lr"]), **own, **self._fixed)
+        if int(step) > 1:  # torch's class makes its state at the first step
+            library.state[value] = {"step": step - 1} | {
+                name: optimizer_states.read(local(state), 0, state.numel()).view(state.shape)
+                if torch.is_tensor(state) and optimizer_states.is_quantized(local(state))
+                else state
+                for name, state in item.state.items()
+                if name not in ("step", "compensation")
+            }
+        library.step()
+        for name, state in library.state[value].items():
+            if name == "step" or not torch.is_tensor(state):
+                continue
+            if name in self.signed:
+                kept = item.state.get(name)
+                if kept is not None and optimizer_states.is_quantized(kept):
+                    optimizer_states.write(kept, 0, state.reshape(-1))
+                    continue
+                state = optimizer_states.convert(state, group["optimizer_state"], signed=self.signed[name])
+            item.state[name] = state
+        if float(group["lr"]):
+            storage.write(0, values)
+        storage.finish()
+
+
+def _adamw_options(group: Group) -> dict[str, Any]:
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": float(group["lr"]),
+        "beta1": float(beta1),
+        "beta2": float(beta2),
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+    }
+
+
+# With Moonshot's scale ("Muon is Scalable for LLM Training", arXiv:2502.16982) a matrix moves as far as under AdamW, so
+# that one learning rate serves the matrices and what Muon leaves to AdamW.
+RULES: dict[Kind, UpdateRule] = {
+    "adamw": AdamWRule(),
+    "sgd": TorchRule(torch.optim.SGD, ("momentum", "nesterov", "weight_decay"), foreach=False),
+    "adafactor": TorchRule(torch.optim.Adafactor, ("weight_decay",), foreach=False),
+    "muon": TorchRule(torch.optim.Muon, ("momentum", "nesterov", "weight_decay"), adjust_lr_fn="match_rms_adamw"),
+}

@@ -1,0 +1,155 @@
+"""Optimizer states in 8 and 4 bits: torchao's block-wise quantized tensors, read and written a range at a time.
+
+A block of elements (256 in 8 bits, 128 in 4) shares one float32 scale, its largest magnitude; a code is the nearest of
+256 or 16 values. Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; Li et al.,
+"Memory Efficient Optimizers with 4-bit States", arXiv:2309.01507. Codes are bit for bit those of
+`torchao.optim.quant_utils`, whose binary search takes 60 ns an element on a CPU; a table takes 2.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.precision.policy import OptimizerState
+
+# What torchao and bitsandbytes quantize: a small tensor wins nothing.
+MIN_NUMEL = 4096
+_BLOCK = {"8bit": 256, "4bit": 128}
+
+
+def is_quantized(state: object) -> bool:
+    """Whether `state` is one of torchao's quantized optimizer states."""
+    return hasattr(state, "codes") and hasattr(state, "qmap")
+
+
+def quantizes(numel: int, states: OptimizerState) -> bool:
+    """Whether a tensor of `numel` elements gets quantized states; it gets float32 ones otherwise, never bfloat16."""
+    return states != "float32" and numel >= MIN_NUMEL and numel % _BLOCK[states] == 0
+
+
+def quantized_zeros(like: Tensor, states: OptimizerState, *, signed: bool) -> Tensor:
+    """Zeros of the shape of `like`, a plain tensor, in 8 or 4 bits."""
+    shape = tuple(like.shape)
+    options = {"signed": signed, "block_size": _BLOCK[states], "device": like.device, "dtype": torch.float32}
+    return _state_class(states).zeros(shape, **options)
+
+
+@functools.cache
+def _state_class(states: OptimizerState) -> Any:
+    """torchao's class; it is taught to be cloned, which `copy.deepcopy` of an optimizer or of its state asks for."""
+    if states == "8bit":
+        from torchao.optim.subclass_8bit import OptimState8bit as State
+    else:
+        from torchao.optim.subclass_4bit import OptimState4bit as State
+
+    def clone(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        names, context = args[0].__tensor_flatten__()
+        return State.__tensor_unflatten__({name: getattr(args[0], name).clone() for name in names}, context)
+
+    State.implements(torch.ops.aten.clone.default)(clone)
+    return State
+
+
+def convert(state: Tensor, states: OptimizerState, *, signed: bool) -> Tensor:
+    """`state`, float32 or quantized, in the form that `states` gives a tensor of its size."""
+    form = states if quantizes(state.numel(), states) else "float32"
+    if form == form_of(state):
+        return state
+    values = read(state, 0, state.numel())
+    if form == "float32":
+        return values.view(state.shape)
+    quantized = quantized_zeros(state, form, signed=signed)
+    write(quantized, 0, values)
+    return quantized
+
+
+def form_of(state: Tensor) -> OptimizerState:
+    """ "float32", "8bit" or "4bit"."""
+    if not is_quantized(state):
+        return "float32"
+    return "8bit" if state.codes.numel() == state.numel() else "4bit"  # type: ignore[attr-defined]
+
+
+def read(state: Any, start: int, stop: int) -> Tensor:
+    """Elements `start` to `stop` in float32, flat and contiguous, on their own memory unless `state` is float32.
+
+    Both ends lie on a block's edge.
+    """
+    if not is_quantized(state):
+        return state.view(-1)[start:stop].float()
+    if form_of(state) == "8bit":
+        codes = state.codes.view(-1)[start:stop]
+    else:
+        packed = state.codes[start // 2 : stop // 2]
+        codes = torch.stack([packed >> 4, packed & 0b1111], dim=-1).view(-1)
+    values = torch.index_select(state.qmap, 0, codes.int())
+    block = state.block_size
+    values.view(-1, block).mul_(state.scale[start // block : stop // block, None])
+    return values
+
+
+def pick(state: Any, positions: Tensor) -> Tensor:
+    """Elements of a quantized state in float32 (n,), at `positions` (n,) int64 of its flat form."""
+    if form_of(state) == "8bit":
+        codes = state.codes.view(-1)[positions]
+    else:
+        codes = (state.codes[positions // 2] >> (4 * (1 - positions % 2))) & 0b1111
+    return state.qmap[codes.int()] * state.scale[positions // state.block_size]
+
+
+def write(state: Any, start: int, values: Tensor) -> None:
+    """Stores float32 `values`, flat and contiguous, from element `start` on: to the nearest code."""
+    stop = start + values.numel()
+    if not is_quantized(state):
+        kept = state.view(-1)[start:stop]
+        if kept.data_ptr() != values.data_ptr():  # else they were updated where they lie
+            kept.copy_(values)
+        return
+    from torchao.optim.quant_utils import scale_tensor
+
+    block = state.block_size
+    scaled, scale = scale_tensor(values, block)
+    codes = _codes(scaled, form_of(state), state.signed)
+    state.scale[start // block : stop // block] = scale
+    if form_of(state) == "8bit":
+        state.codes.view(-1)[start:stop] = codes
+    else:
+        state.codes[start // 2 : stop // 2] = (codes[::2] << 4) | codes[1::2]
+
+
+def _codes(scaled: Tensor, form: OptimizerState, signed: bool) -> Tensor:
+    """torchao's codes (n,) uint8 of float32 values in [-1, 1]."""
+    lower, bound = _codebook(form, signed, scaled.device)
+    bucket = (scaled.view(torch.int32) >> 16).bitwise_and_((1 << 16) - 1)
+    return torch.index_select(lower, 0, bucket).add_(scaled >= torch.index_select(bound, 0, bucket))
+
+
+@functools.cache
+def _codebook(form: OptimizerState, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(lower, bound), (2¹⁶,) uint8 and float32: a value's code is `lower[bucket] + (value >= bound[bucket])`.
+
+    Floats that agree in their upper 16 bits are one bucket. No bucket below 1 is wide enough for more than two codes;
+    where the second begins is found by bisection, by asking torchao.
+    """
+    from torchao.optim import quant_utils, subclass_4bit, subclass_8bit
+
+    source = subclass_8bit if form == "8bit" else subclass_4bit
+    quantize = quant_utils.quantize_8bit_with_qmap if form == "8bit" else quant_utils.quantize_4bit_with_qmap
+    qmap = torch.tensor(source.get_qmap_signed() if signed else source.get_qmap_unsigned())
+    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).roll(1 << 15) << 16
+
+    def values(lower_bits: Tensor) -> Tensor:
+        return (upper | lower_bits).view(torch.float32)
+
+    low, high = torch.zeros_like(upper), torch.full_like(upper, (1 << 16) - 1)
+    first, last = quantize(values(low), qmap), quantize(values(high), qmap)
+    while int((high - low).max()) > 1:
+        middle = (low + high) // 2
+        is_first = quantize(values(middle), qmap) == first
+        low, high = torch.where(is_first, middle, low), torch.where(is_first, high, middle)
+    # The bits of a negative number grow as it falls.
+    bound = torch.where(upper < 0, values(low), values(high))
+    bound = torch.where(first == last, torch.inf, bound)
+    return torch.minimum(first, last).to(device), bound.to(device)

@@ -1,0 +1,196 @@
+"""Quantized states are torchao's bit for bit, cost their two bytes, and are kept through a resume."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torchao.optim.subclass_4bit import OptimState4bit
+from torchao.optim.subclass_8bit import OptimState8bit
+
+from fxopt.precision.optimizer import Optimizer
+from fxopt.precision.optimizer_states import MIN_NUMEL, convert, is_quantized, quantized_zeros, read, write
+
+FORMS = [("8bit", OptimState8bit), ("4bit", OptimState4bit)]
+SIZES = ((64, 128), (100, 50), (300,), ())  # the second is no whole number of blocks, the third too small
+
+
+def parameters(dtype: torch.dtype = torch.bfloat16) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES]
+
+
+def train(params: list[nn.Parameter], opt: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for parameter in params:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("form", "kind"), FORMS)
+def test_codes_are_those_of_torchao(form: Any, kind: Any, signed: bool) -> None:
+    """Values of all magnitudes, and those on either side of each boundary between two codes."""
+    ours, theirs = (quantized_zeros(torch.empty(1 << 16), form, signed=signed) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1 << 16, generator=generator) * 10.0 ** torch.randint(-9, 3, (1 << 16,), generator=generator)
+    boundaries = (ours.qmap[1:] + ours.qmap[:-1]) / 2
+    near = torch.cat([torch.nextafter(boundaries, boundaries + sign) for sign in (-1.0, 0.0, 1.0)])
+    for block in values.view(-1, ours.block_size)[: len(near) // (ours.block_size - 1) + 1]:
+        chosen, near = near[: ours.block_size - 1], near[ours.block_size - 1 :]
+        block[: len(chosen)], block[-1] = chosen, 1.0
+    values = values if signed else values.abs()
+    write(ours, 0, values)
+    theirs.copy_(values)
+    assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scale, theirs.scale)
+    assert torch.equal(read(ours, 0, 1 << 16), theirs.dequantize())
+
+
+@pytest.mark.parametrize(("form", "kind"), FORMS)
+def test_ranges_are_parts_of_the_whole(form: Any, kind: Any) -> None:
+    whole, parts = (quantized_zeros(torch.empty(64, 128), form, signed=True) for _ in range(2))
+    values = torch.randn(64 * 128)
+    write(whole, 0, values)
+    for start in range(0, 64 * 128, 1024):
+        write(parts, start, values[start : start + 1024])
+    assert torch.equal(whole.codes, parts.codes)
+    assert torch.equal(read(whole, 2048, 4096), whole.dequantize().view(-1)[2048:4096])
+
+
+def test_nan_spreads_over_its_block_alone() -> None:
+    state = quantized_zeros(torch.empty(MIN_NUMEL), "8bit", signed=True)
+    values = torch.ones(MIN_NUMEL)
+    values[300] = torch.nan
+    write(state, 0, values)
+    assert read(state, 256, 512).isnan().all()
+    assert torch.equal(read(state, 512, MIN_NUMEL), values[512:])
+
+
+@pytest.mark.parametrize(("form", "kind"), FORMS)
+def test_small_and_uneven_tensors_keep_float32(form: Any, kind: Any) -> None:
+    params = parameters()
+    opt = Optimizer(params, optimizer_state=form)
+    train(params, opt, range(1))
+    for parameter in params:
+        expected = kind if parameter.shape == (64, 128) else Tensor
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state = opt.state[parameter][moment]
+            assert type(state) is expected and state.shape == parameter.shape and state.dtype == torch.float32
+
+
+def test_bytes_of_eight_bit_states() -> None:
+    parameter = nn.Parameter(torch.randn(512, 512).bfloat16())
+    opt = Optimizer([parameter], optimizer_state="8bit")
+    train([parameter], opt, range(1))
+    held = sum(
+        getattr(opt.state[parameter][moment], part).nbytes
+        for moment in ("exp_avg", "exp_avg_sq")
+        for part in ("codes", "scale", "qmap")
+    )
+    assert held / parameter.numel() < 2.05
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("8bit", 0.03), ("4bit", 0.25)])
+def test_training_follows_float32_states(form: Any, tolerance: float) -> None:
+    """The distance between the two paths, against the length of the way."""
+    ours, exact = parameters(torch.float32), parameters(torch.float32)
+    start = [parameter.detach().clone() for parameter in exact]
+    train(ours, Optimizer(ours, lr=1e-2, optimizer_state=form), range(20))
+    train(exact, torch.optim.AdamW(exact, lr=1e-2), range(20))
+    assert (ours[0] - exact[0]).norm() / (exact[0] - start[0]).norm() < tolerance
+    for found, right in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+
+
+def test_the_update_is_that_of_torchao() -> None:
+    """One chunk and several, against torchao's own step on the same quantized moments."""
+    from torchao.optim.adam import single_param_adam
+
+    for shape in ((64, 128), (512, 600)):
+        p, g = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        ours = nn.Parameter(p.clone())
+        opt = Optimizer([ours], lr=1e-2, optimizer_state="8bit", weight_decay=0.1)
+        moments = {"exp_avg": quantized_zeros(p, "8bit", signed=True)}
+        moments["exp_avg_sq"] = quantized_zeros(p, "8bit", signed=False)
+        for step in (1.0, 2.0, 3.0):
+            ours.grad = g.clone()
+            opt.step()
+            options = (torch.tensor(1e-2), 0.9, 0.999, 0.1, 1e-8, True, False)
+            single_param_adam(p, g, torch.tensor(step), *moments.values(), None, *options)
+            torch.testing.assert_close(ours.detach(), p, rtol=1e-5, atol=1e-6)
+            p.copy_(ours.detach())
+            for name, right in moments.items():
+                # One operation rounded otherwise puts a value on a boundary into the next code, and no further.
+                away = (opt.state[ours][name].codes.int() - right.codes.int()).abs()
+                assert away.max() <= 1 and (away > 0).float().mean() < 1e-3
+                right.copy_(opt.state[ours][name])
+
+
+def resume_from_file(params: list[nn.Parameter], opt: Optimizer, twins: list[nn.Parameter], folder: Path) -> Optimizer:
+    torch.save(opt.state_dict(), folder / "optimizer.pt")
+    resumed = Optimizer(twins, lr=5.0, seed=99)
+    resumed.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    return resumed
+
+
+def resume_from_pickle(
+    params: list[nn.Parameter], opt: Optimizer, twins: list[nn.Parameter], folder: Path
+) -> Optimizer:
+    resumed = Optimizer(twins, lr=5.0, seed=99)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(opt.state_dict())))
+    return resumed
+
+
+@pytest.mark.parametrize("resume", [resume_from_file, resume_from_pickle])
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+@pytest.mark.parametrize("form", ["float32", "8bit", "4bit"])
+def test_resume_continues_bit_by_bit(
+    form: Any, rounding: Any, resume: Callable[..., Optimizer], tmp_path: Path
+) -> None:
+    params = parameters()
+    opt = Optimizer(params, rounding=rounding, optimizer_state=form, seed=7)
+    train(params, opt, range(3))
+    twins = copy.deepcopy(params)
+    resumed = resume(params, opt, twins, tmp_path)
+    train(params, opt, range(3, 6))
+    train(twins, resumed, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+    assert is_quantized(resumed.state[twins[0]]["exp_avg"]) == (form != "float32")
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+@pytest.mark.parametrize("form", ["8bit", "4bit"])
+def test_distributed_checkpoint_holds_them(form: Any, rounding: Any, tmp_path: Path) -> None:
+    model = nn.ParameterList(parameters())
+    opt = Optimizer(model.named_parameters(), rounding=rounding, optimizer_state=form)
+    train(list(model), opt, range(3))
+    twin = copy.deepcopy(model)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path)
+    resumed = Optimizer(twin.named_parameters(), rounding=rounding, optimizer_state=form, seed=99, lr=5.0)
+    state = {"optimizer": get_optimizer_state_dict(twin, resumed)}
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(twin, resumed, state["optimizer"])
+    train(list(model), opt, range(3, 6))
+    train(list(twin), resumed, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(model, twin, strict=True))
+
+
+def test_a_float32_state_is_quantized_where_it_is_loaded() -> None:
+    params = parameters(torch.float32)
+    exact = torch.optim.AdamW(params)
+    train(params, exact, range(2))
+    opt = Optimizer(params, optimizer_state="8bit")
+    opt.load_state_dict(exact.state_dict())
+    state, right = opt.state[params[0]]["exp_avg"], exact.state[params[0]]["exp_avg"]
+    torch.testing.assert_close(state.dequantize(), right, rtol=0.1, atol=0.02 * right.abs().max().item())
+    assert convert(state, "8bit", signed=True) is state
+    back = convert(state, "float32", signed=True)
+    assert torch.equal(back, state.dequantize())

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxopt.api import inspect, optimize, optimizer, report, restore, verify
     from fxopt.precision.annotate import annotate
-    from fxopt.precision.policy import Policy, PolicyError, Precision, policies
+    from fxopt.precision.footprint import footprint
+    from fxopt.precision.monitor import monitor
+    from fxopt.precision.policy import Policy, PolicyError, Precision, Selector
+    from fxopt.precision.presets import policies
 
 __version__ = "0.1.0"
 
@@ -21,18 +24,24 @@ _MODULE_OF_NAME = {
     "restore": "fxopt.api",
     "verify": "fxopt.api",
     "annotate": "fxopt.precision.annotate",
+    "monitor": "fxopt.precision.monitor",
     "Policy": "fxopt.precision.policy",
     "PolicyError": "fxopt.precision.policy",
     "Precision": "fxopt.precision.policy",
-    "policies": "fxopt.precision.policy",
+    "Selector": "fxopt.precision.policy",
+    "footprint": "fxopt.precision.footprint",
+    "policies": "fxopt.precision.presets",
 }
 
 __all__ = [
     "Policy",
     "PolicyError",
     "Precision",
+    "Selector",
     "annotate",
+    "footprint",
     "inspect",
+    "monitor",
     "optimize",
     "optimizer",
     "policies",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from fxopt.capture import Backend, OptimizedForward, Settings
 from fxopt.inspection.diff import GraphDiff
-from fxopt.precision.annotate import annotate
-from fxopt.precision.optimizer import AdamW
+from fxopt.precision.annotate import annotate, policy_of
+from fxopt.precision.optimizer import Optimizer
 from fxopt.precision.optimizer import optimizer as _optimizer
-from fxopt.precision.policy import Policy, resolve
+from fxopt.precision.policy import Policy
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
 from fxopt.verification import Verification
@@ -26,11 +27,12 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def optimize(
     model: ModelT,
-    policy: str | Policy = "bf16",
+    policy: str | Policy | None = None,
     *,
     backend: Backend = "auto",
     pipeline: Pipeline | None = None,
     prove: bool = True,
+    emulate: bool = False,
 ) -> ModelT:
     """Prepare `model` for training, in place, and return it.
 
@@ -40,11 +42,13 @@ def optimize(
     again, with another policy or other options, starts over from the model's original forward.
 
     Args:
-        policy: the name of a preset (`fxopt.policies()`) or a `Policy`.
+        policy: the name of a preset (`fxopt.policies()`, or "auto") or a `Policy`. None: the model's own, from an
+            earlier call or from `fxopt_policy.json` in the folder that it was loaded from; "bf16" where it has none.
         backend: what runs the rewritten graph. "eager" runs it node by node; "inductor" compiles it further (slow
             to start, needs a C++ compiler on a CPU); "auto" chooses.
         pipeline: the passes to run; `fxopt.passes.pipelines.EXACT` if None.
         prove: whether each rewrite is checked against the code that it replaces.
+        emulate: compute float8 products in wider arithmetic where the hardware has no float8.
 
     Raises:
         TypeError: `model` is not a module.
@@ -52,9 +56,9 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fxopt.optimize takes a torch.nn.Module, not {type(model).__name__}; load the model first")
-    chosen = resolve(policy)
-    settings = Settings(chosen.name, backend, pipeline, prove)
-    annotate(model, chosen)
+    settings = Settings("", backend, pipeline, prove)  # wrong options are refused before anything is changed
+    annotate(model, policy, emulate=emulate)
+    settings = replace(settings, policy=cast(Policy, policy_of(model)).name)
     restore(model)
     model.forward = OptimizedForward(model, settings, replaced=model.__dict__.get("forward"))
     return model
@@ -96,7 +100,7 @@ def inspect(model: nn.Module) -> GraphDiff:
     return GraphDiff.of(report(model))
 
 
-def optimizer(model: nn.Module, lr: float | torch.Tensor = 1e-3, **options: Any) -> AdamW:
+def optimizer(model: nn.Module, lr: float | torch.Tensor = 1e-3, **options: Any) -> Optimizer:
     """The optimizer that the model's policy asks for; see `fxopt.precision.optimizer.optimizer`."""
     return _optimizer(model, lr, **options)
 

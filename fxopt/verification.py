@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxopt.capture import OptimizedForward
 from fxopt.float64 import float64_copy, float64_throughout
 from fxopt.model_state import ModelState
+from fxopt.precision.annotate import parameter_precisions
 from fxopt.rewrite.prove import FEW, SLACK
 
 ZERO = 1e-6  # of the largest gradient: what is smaller than this in float64 is zero, up to rounding
@@ -120,7 +121,12 @@ def _squares(value: Tensor, truth: Tensor) -> Tensor:
 
 
 def _rounding(model: nn.Module) -> float:
-    return max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) / 2
+    """Half a step of the coarsest dtype that the model computes in."""
+    dtypes = {precision.compute for precision in parameter_precisions(model).values()}
+    dtypes = dtypes or {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return (
+        max(torch.finfo(dtype).eps if dtype.is_floating_point else 1 / torch.iinfo(dtype).max for dtype in dtypes) / 2
+    )
 
 
 def _in_float64(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,60 +1,90 @@
-"""The policy applied to the eager model: storage moved in place, each parameter's `Precision` noted on it."""
+"""The policy applied to the eager model: storage in place, casts at boundaries, each parameter's `Precision` noted."""
 
 import copy
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fxopt.precision.policy import Policy, PolicyError, Precision, Rounding, resolve
+from fxopt.precision.boundaries import place_boundaries, remove_boundaries
+from fxopt.precision.instance_methods import give_methods, saved_policy
+from fxopt.precision.policy import (
+    FLOAT8,
+    MATMUL_DTYPES,
+    Policy,
+    PolicyError,
+    Precision,
+    Rounding,
+    Selector,
+    dtype_name,
+)
+from fxopt.precision.presets import resolve
 from fxopt.precision.roles import parameter_roles
 
 # What can be stored in another of these without a scale. An fp8 weight is quantized: its scale lies elsewhere.
 _CONVERTIBLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def annotate(model: nn.Module, policy: str | Policy) -> nn.Module:
-    """Applies `policy` to `model` in place and returns it: storage in the policy's dtype, nothing else changed.
+def annotate(model: nn.Module, policy: str | Policy | None = None, *, emulate: bool = False) -> nn.Module:
+    """Applies `policy` to `model` in place and returns it: the eager model then stores and computes as it says.
 
-    Parameter objects stay the same, so an optimizer made before keeps working, and tied weights stay tied. Quantized
-    parameters (tensor subclasses, integer and fp8 dtypes) are left alone. What is not a weight gets the dtype that
-    transformers' `from_pretrained(dtype=...)` gives it: rotary frequencies stay float32 (`model.to(torch.bfloat16)`
-    rounds them, which moves every position), and so does what the model's author keeps in float32. `config.dtype`
-    follows. The policy is noted in `model._fxopt_policy`, which copies and pickles with the model, and each
-    parameter's precision in `parameter.fxopt_precision`.
+    Parameter objects stay the same, so an optimizer made before keeps working, and tied weights stay tied (there is one
+    exception, with a warning: to or from int8 after the model was compiled). Where a
+    parameter is computed in another dtype than it is stored in, or a module in another than its neighbours, forward
+    hooks cast (`fxopt.precision.boundaries`); torchao's layers multiply in int8 and float8. Annotating again, with the
+    same or another policy, undoes all of it first. A model that was optimized is optimized anew by `fxopt.optimize`.
 
-    Raises PolicyError (unknown policy, a parameter without data: on `meta` or lazy), before anything is changed.
+    Left alone: parameters that are quantized already (tensor subclasses, integer and fp8 dtypes), and what their
+    author keeps in float32. A frozen parameter is never widened and never quantized, since nothing is gained, unless a
+    selector by name or `trainable` says so. What is not a weight gets the dtype that transformers'
+    `from_pretrained(dtype=...)` gives it: rotary frequencies stay float32 (`model.to(torch.bfloat16)` rounds them,
+    which moves every position). `config.dtype` follows the default's storage.
+
+    The policy is noted in `model._fxopt_policy`, which copies and pickles with the model, and each parameter's
+    precision in `parameter.fxopt_precision`. `model.save_pretrained(folder)` then writes `fxopt_policy.json` beside its
+    files, and plain tensors for int8 weights.
+
+    policy: a preset's name, "auto", or a Policy. None: the one that the model has, or that lies in the folder that it
+        was loaded from; else "bf16".
+    emulate: compute float8 products in wider arithmetic where the hardware has no float8.
+
+    Raises PolicyError (unknown policy, a selector that matches nothing or asks for what cannot work, a parameter
+    without data: on `meta` or lazy, hardware without float8), before anything is changed.
     """
-    policy = resolve(policy)
+    policy, found = _policy_for(model, policy)
     _require_data(model)
-    author = _author_dtypes(model, policy.default.storage)
+    author = _author_dtypes(model, policy.default.compute)
     precisions = _precisions(model, policy, author)
+    if FLOAT8 in {precision.compute for precision in precisions.values()} and not emulate:
+        from fxopt.precision.quantized import require_float8
+
+        require_float8({parameter.device for parameter in model.parameters()})
+    if found:
+        _warn_about_rounded_islands(model, precisions)
+    remove_boundaries(model)
+    _set_products(model, precisions, emulate)
     moved: dict[tuple[object, ...], Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         if name in precisions:
-            _store(parameter, precisions[name].storage, moved)
-            parameter.fxopt_precision = precisions[name]  # type: ignore[attr-defined]
-    rounded: list[str] = []
-    for name, buffer, persistent in _named_buffers(model):
-        if not _is_plain(buffer):
-            continue
-        is_frequency = not persistent and "freq" in name.rpartition(".")[2]
-        dtype = author.get(name, torch.float32 if is_frequency else policy.default.storage)
-        if is_frequency and buffer.dtype.itemsize < dtype.itemsize:
-            rounded.append(name)
-        _store(buffer, dtype, moved)
-    if rounded:
-        warnings.warn(
-            "rotary frequencies were rounded to 16 bits before (by model.to()?), which moves every position: "
-            f"{', '.join(rounded)}; load the model with from_pretrained(dtype=...) instead",
-            stacklevel=2,
-        )
+            _apply(model, parameter, precisions[name], moved)
+    _set_buffers(model, policy.default.storage, author, moved)
     for module in model.modules():
         _set_config_dtype(module, policy.default.storage)
+    covered = {p: precisions[name] for name, p in model.named_parameters() if name in precisions}
+    # What its author keeps in float32 is cast by the author's code.
+    kept = {name for name in precisions if author.get(name) == torch.float32}
+    for name, parameter in model.named_parameters():
+        if name in kept and precisions[name].storage == torch.float32:
+            del covered[parameter]
+    place_boundaries(model, covered, policy.default.compute)
     model._fxopt_policy = policy  # type: ignore[assignment]
+    model._fxopt_precisions = precisions  # type: ignore[assignment]
+    model._fxopt_emulate = emulate  # type: ignore[assignment]
+    give_methods(model)
     return model
 
 
@@ -65,39 +95,129 @@ def policy_of(model: nn.Module) -> Policy | None:
 
 
 def parameter_precisions(model: nn.Module) -> dict[str, Precision]:
-    """The precision of each plain floating-point parameter, by its name in `model.named_parameters()`.
+    """The precision of each floating-point or int8 training parameter, by its name in `model.named_parameters()`.
 
     Where nothing was annotated, storage decides: a bfloat16 parameter is rounded stochastically. A parameter whose
     dtype was changed after `annotate` counts as what it is now.
     """
-    policy = policy_of(model)
+    of_model = getattr(model, "_fxopt_precisions", {})
     found: dict[str, Precision] = {}
     for name, parameter in model.named_parameters():
-        if not _is_plain(parameter):
-            continue
+        held = _held_in(parameter)
         # A deep copy of a model keeps its attributes, but not those of its parameters.
-        noted = getattr(parameter, "fxopt_precision", policy.default if policy is not None else None)
-        if isinstance(noted, Precision) and noted.storage == parameter.dtype:
+        noted = getattr(parameter, "fxopt_precision", of_model.get(name))
+        if isinstance(noted, Precision) and noted.storage == held:
             found[name] = noted
-        elif parameter.dtype in (torch.bfloat16, torch.float32):
-            rounding: Rounding = "stochastic" if parameter.dtype == torch.bfloat16 else "nearest"
-            found[name] = Precision(parameter.dtype, parameter.dtype, rounding, torch.float32)
+        elif held in (torch.bfloat16, torch.float32):
+            rounding: Rounding = "stochastic" if held == torch.bfloat16 else "nearest"
+            found[name] = Precision(held, held, held, rounding, "float32")
     return found
 
 
+def _policy_for(model: nn.Module, policy: str | Policy | None) -> tuple[Policy, bool]:
+    """The policy, and whether it was found in a file."""
+    if policy is not None:
+        return resolve(policy, model), False
+    if (noted := policy_of(model)) is not None:
+        return noted, False
+    saved = saved_policy(model)
+    return saved or Policy.named("bf16"), saved is not None
+
+
 def _precisions(model: nn.Module, policy: Policy, author: dict[str, torch.dtype]) -> dict[str, Precision]:
+    """What each parameter that the policy covers gets: what the policy says, as far as the parameter allows it."""
     roles = parameter_roles(model)
-    return {
-        name: policy.precision(name, roles[name], kept_in=author.get(name))
-        for name, parameter in model.named_parameters()
-        if _is_plain(parameter)
-    }
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    names: dict[nn.Parameter, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((module, leaf))
+                names.setdefault(parameter, []).append(f"{module_name}.{leaf}" if module_name else leaf)
+    policy.check_selectors(roles, [alias for aliases in names.values() for alias in aliases])
+    annotated = policy_of(model) is not None
+    precisions: dict[str, Precision] = {}
+    unmet: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        held = _held_in(parameter)
+        if held is None or (held == torch.int8 and not annotated):  # quantized by somebody else
+            continue
+        trainable, aliases = parameter.requires_grad, names[parameter]
+        precision = policy.precision(name, roles[name], trainable, author.get(name), aliases)
+        if not trainable and not policy.asks_for_storage(aliases, trainable):
+            precision = _frozen(precision, held)
+        if precision.storage == torch.int8 and (parameter.dim() != 2 or hasattr(parameter, "to_local")):
+            precision = Selector(name=name, storage=precision.activation).applied_to(precision)
+            unmet[name] = "torchao's int8 weights are whole matrices"
+        if precision.compute in MATMUL_DTYPES and not _can_multiply(parameter, precision.compute, owners[parameter]):
+            unmet[name] = f"torchao's {dtype_name(precision.compute)} products are for nn.Linear, in multiples of 16"
+            precision = replace(precision, compute=precision.activation)
+        precisions[name] = precision
+    if unmet:
+        name, reason = next(iter(unmet.items()))
+        warnings.warn(
+            f"policy {policy.name!r}: {len(unmet)} of {len(precisions)} parameters stay in the precision around them, "
+            f"such as {name!r}: {reason}",
+            stacklevel=3,
+        )
+    return precisions
+
+
+def _frozen(precision: Precision, held: torch.dtype) -> Precision:
+    """Without updates that could be lost, a wider storage holds the same values; quantizing would change them."""
+    storage = precision.storage
+    if storage == torch.int8 and held != torch.int8:
+        storage = precision.activation
+    if storage == torch.float32 and held == torch.bfloat16:
+        storage = held
+    return (
+        precision if storage == precision.storage else Selector(trainable=False, storage=storage).applied_to(precision)
+    )
+
+
+def _can_multiply(parameter: nn.Parameter, compute: torch.dtype, owners: list[tuple[nn.Module, str]]) -> bool:
+    from fxopt.precision.quantized import can_swap, is_swapped
+
+    multiplied = all(leaf == "weight" and (can_swap(module) or is_swapped(module)) for module, leaf in owners)
+    return multiplied and (compute != FLOAT8 or all(size % 16 == 0 for size in parameter.shape))
+
+
+def _set_products(model: nn.Module, precisions: dict[str, Precision], emulate: bool) -> None:
+    """Linear layers that multiply in int8 or float8, and no others."""
+    compute_of = {p: precisions[name].compute for name, p in model.named_parameters() if name in precisions}
+    quantized = any(compute in MATMUL_DTYPES for compute in compute_of.values())
+    if not quantized and not any("_fxopt_product" in module.__dict__ for module in model.modules()):
+        return  # without importing torchao
+    from fxopt.precision.quantized import restore_products, swap_product
+
+    restore_products(model)
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and weight is not None and compute_of.get(weight) in MATMUL_DTYPES:
+            swap_product(module, compute_of[weight], emulate=emulate)
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """A tensor made of other tensors: quantized. Not one that is sharded (DTensor)."""
+    return hasattr(type(tensor), "__tensor_flatten__") and not hasattr(tensor, "to_local")
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Floating-point values and nothing else; not quantized. Sharded (DTensor) counts as plain."""
-    quantized = hasattr(type(tensor), "__tensor_flatten__") and not hasattr(tensor, "to_local")
-    return tensor.dtype in _CONVERTIBLE and not quantized
+    return tensor.dtype in _CONVERTIBLE and not _is_wrapper(tensor)
+
+
+def _is_int8(tensor: Tensor) -> bool:
+    if not _is_wrapper(tensor):
+        return False
+    from fxopt.precision.quantized import is_int8_weight
+
+    return is_int8_weight(tensor)
+
+
+def _held_in(parameter: Tensor) -> torch.dtype | None:
+    """The dtype that a parameter is stored in, or None where no policy can change it."""
+    return parameter.dtype if _is_plain(parameter) else torch.int8 if _is_int8(parameter) else None
 
 
 def _require_data(model: nn.Module) -> None:
@@ -112,22 +232,74 @@ def _require_data(model: nn.Module) -> None:
                 )
 
 
+def _apply(
+    model: nn.Module, parameter: nn.Parameter, precision: Precision, moved: dict[tuple[object, ...], Tensor]
+) -> None:
+    """Storage and gradient of one parameter as its precision says, in place."""
+    gradient, parameter.grad = parameter.grad, None
+    if precision.storage == torch.int8 and not (_is_int8(parameter) and parameter.dtype == precision.activation):
+        from fxopt.precision.quantized import quantize_parameter
+
+        parameter = quantize_parameter(model, parameter, precision.activation)
+    elif precision.storage != torch.int8 and _is_int8(parameter):
+        from fxopt.precision.quantized import dequantize_parameter
+
+        parameter = dequantize_parameter(model, parameter, precision.storage)
+    elif precision.storage != torch.int8:
+        _store(parameter, precision.storage, moved)
+    if parameter.grad_dtype != precision.gradient:
+        parameter.grad_dtype = precision.gradient
+    if gradient is not None:
+        parameter.grad = gradient.to(precision.gradient)
+    parameter.fxopt_precision = precision  # type: ignore[attr-defined]
+
+
 def _store(tensor: Tensor, dtype: torch.dtype, moved: dict[tuple[object, ...], Tensor]) -> None:
     """Changes the dtype of a parameter or buffer in place; two that share memory go on sharing it."""
     if tensor.dtype == dtype:
         return
     data = tensor.data
-    place = (data.device, data.data_ptr(), data.dtype, tuple(data.shape), data.stride(), dtype)
     if hasattr(data, "to_local") or data.numel() == 0:
-        converted = data.to(dtype)
-    else:
-        converted = moved.get(place)  # type: ignore[assignment]
-        if converted is None:
-            converted = moved[place] = data.to(dtype)
-    gradient, tensor.grad = tensor.grad, None
-    tensor.data = converted
-    if gradient is not None:
-        tensor.grad = gradient.to(dtype)
+        tensor.data = data.to(dtype)
+        return
+    memory = data.untyped_storage()._cdata  # an address, that a fake tensor has as well
+    place = (memory, data.storage_offset(), data.dtype, tuple(data.shape), data.stride(), dtype)
+    if place not in moved:
+        moved[place] = data.to(dtype)
+    tensor.data = moved[place]
+
+
+def _set_buffers(
+    model: nn.Module, storage: torch.dtype, author: dict[str, torch.dtype], moved: dict[tuple[object, ...], Tensor]
+) -> None:
+    rounded: list[str] = []
+    for name, buffer, persistent in _named_buffers(model):
+        if not _is_plain(buffer):
+            continue
+        is_frequency = not persistent and "freq" in name.rpartition(".")[2]
+        dtype = author.get(name, torch.float32 if is_frequency else storage)
+        if storage == torch.float32:
+            dtype = torch.float32
+        if is_frequency and buffer.dtype.itemsize < dtype.itemsize:
+            rounded.append(name)
+        _store(buffer, dtype, moved)
+    if rounded:
+        warnings.warn(
+            "rotary frequencies were rounded to 16 bits before (by model.to()?), which moves every position: "
+            f"{', '.join(rounded)}; load the model with from_pretrained(dtype=...) instead",
+            stacklevel=3,
+        )
+
+
+def _warn_about_rounded_islands(model: nn.Module, precisions: dict[str, Precision]) -> None:
+    parameters = dict(model.named_parameters())
+    narrow = [n for n, p in precisions.items() if p.storage == torch.float32 and parameters[n].dtype == torch.bfloat16]
+    if narrow:
+        warnings.warn(
+            f"{len(narrow)} parameters that the saved policy keeps in float32 were loaded in bfloat16, such as "
+            f"{narrow[0]!r}: to continue training exactly, load with from_pretrained(..., dtype=torch.float32)",
+            stacklevel=3,
+        )
 
 
 def _named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

@@ -1,6 +1,7 @@
 """Which role each parameter plays, found from the modules that hold it."""
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 
 import torch
@@ -35,8 +36,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     A weight shared by the embedding and the output head plays the embedding's role. A norm's bias is a norm.
     """
     modules = dict(model.named_modules())
-    embeddings = _called(modules.values(), "get_input_embeddings")
-    heads = _called(modules.values(), "get_output_embeddings")
+    embeddings = called(modules.values(), "get_input_embeddings")
+    heads = called(modules.values(), "get_output_embeddings")
     roles: dict[str, Role] = {}
     owners: dict[nn.Parameter, list[tuple[str, str]]] = {}
     for module_name, module in modules.items():
@@ -73,10 +74,10 @@ def _role(module: nn.Module, module_leaf: str, parent: nn.Module | None, leaf: s
     return Role.OTHER
 
 
-def _called(modules: "object", getter: str) -> set[nn.Module]:
+def called(modules: Iterable[nn.Module], getter: str) -> set[nn.Module]:
     """What `module.getter()` answers over all modules that have it."""
     found: set[nn.Module] = set()
-    for module in modules:  # type: ignore[attr-defined]
+    for module in modules:
         if (method := getattr(module, getter, None)) is not None:
             try:
                 answer = method()

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fxopt.precision.annotate import annotate, parameter_precisions, policy_of
-from fxopt.precision.policy import Policy, PolicyError
+from fxopt.precision.policy import Policy, PolicyError, Selector
 
 
 def float_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -125,6 +125,40 @@ def test_there_and_back(llama: LlamaForCausalLM) -> None:
     assert all(torch.equal(new, old) for new, old in zip(llama.parameters(), values, strict=True))
     assert policy_of(llama) == Policy.named("fp32")
     assert {precision.rounding for precision in parameter_precisions(llama).values()} == {"nearest"}
+
+
+def test_precisions_of_a_policy_with_selectors_travel_too(llama: LlamaForCausalLM) -> None:
+    annotate(llama, "bf16-8bit")
+    noted = parameter_precisions(llama)
+    assert (
+        noted["model.norm.weight"].storage == torch.float32
+        and noted["model.embed_tokens.weight"].optimizer_state == "8bit"
+    )
+    assert (
+        parameter_precisions(copy.deepcopy(llama)) == parameter_precisions(pickle.loads(pickle.dumps(llama))) == noted
+    )
+
+
+def test_a_selector_that_matches_nothing_is_refused_before_any_change(llama: LlamaForCausalLM) -> None:
+    policy = Policy.named("bf16").with_selectors(Selector(name="model.layers.*.nrom", storage=torch.float32))
+    with pytest.raises(PolicyError, match=r"'model\.layers\.\*\.nrom' matches no parameter; nearest: 'model\.layers"):
+        annotate(llama, policy)
+    assert llama.dtype == torch.float32 and policy_of(llama) is None
+
+
+def test_every_name_of_a_tied_weight_selects_it(llama: LlamaForCausalLM) -> None:
+    annotate(llama, Policy.named("bf16").with_selectors(Selector(name="lm_head.weight", storage=torch.float32)))
+    assert llama.model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_a_gradient_of_its_own_dtype(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None:
+    policy = Policy.named("bf16").with_selectors(Selector(role="linear", gradient=torch.float32))
+    annotate(llama, policy)(input_ids=tokens, labels=tokens).loss.backward()
+    linear = llama.model.layers[0].mlp.up_proj.weight
+    assert linear.dtype == torch.bfloat16 and linear.grad.dtype == torch.float32
+    assert llama.model.norm.weight.grad.dtype == torch.bfloat16
+    annotate(llama, "bf16")
+    assert linear.grad.dtype == linear.grad_dtype == torch.bfloat16
 
 
 def test_the_policy_travels_with_the_model(llama: LlamaForCausalLM) -> None:

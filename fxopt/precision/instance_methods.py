@@ -1,0 +1,110 @@
+"""Two methods of transformers' models that an annotated model has its own of: saving, and resizing the vocabulary.
+
+They are attributes of the model's instance, which copy and pickle with it; no class is patched.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxopt.precision.policy import Policy
+
+FILE_NAME = "fxopt_policy.json"
+
+
+class _Method:
+    """Stands for a method of the model's class."""
+
+    def __init__(self, model: nn.Module):
+        # While a model is unpickled this runs before the model has any attribute.
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+        return type(self)(copy.deepcopy(self.model, memo))
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.model,)
+
+
+class SavePretrained(_Method):
+    """transformers' `save_pretrained`, and the policy's file.
+
+    Int8 weights are written as plain tensors in the dtype that they show: a checkpoint that everybody can load.
+    (`torch.save(model.state_dict())` keeps int8.)
+    """
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        original: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
+        call = inspect.signature(original).bind(self.model, save_directory, *args, **kwargs)
+        state: dict[str, Any] | None = call.arguments.get("state_dict") or kwargs.get("state_dict")
+        if any(_is_int8(value) for value in (state or dict(self.model.named_parameters())).values()):
+            kwargs["state_dict"] = _plain(state or self.model.state_dict())
+        result = original(self.model, save_directory, *args, **kwargs)
+        policy = getattr(self.model, "_fxopt_policy", None)
+        if policy is not None and call.arguments.get("is_main_process", True):
+            policy.save(Path(save_directory) / FILE_NAME)
+        return result
+
+
+class ResizeTokenEmbeddings(_Method):
+    """transformers' `resize_token_embeddings`, which may build a new output head: the policy is applied to it too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from fxopt.precision.annotate import annotate
+
+        policy: Policy = self.model._fxopt_policy  # type: ignore[assignment]
+        int8 = [parameter for parameter in self.model.parameters() if _is_int8(parameter)]
+        if int8:
+            from fxopt.precision.quantized import dequantize_parameter
+
+            for parameter in int8:
+                dequantize_parameter(self.model, parameter, parameter.dtype)
+        original: Any = type(self.model).resize_token_embeddings  # type: ignore[attr-defined]
+        result = original(self.model, *args, **kwargs)
+        annotate(self.model, policy, emulate=bool(self.model._fxopt_emulate))
+        return result
+
+
+def give_methods(model: nn.Module) -> None:
+    """Gives an annotated model those of the methods that its class has."""
+    for name, method in (("save_pretrained", SavePretrained), ("resize_token_embeddings", ResizeTokenEmbeddings)):
+        if hasattr(type(model), name):
+            model.__dict__[name] = method(model)
+
+
+def saved_policy(model: nn.Module) -> Policy | None:
+    """The policy in the local folder that `model` was loaded from, or None.
+
+    Raises PolicyError for a file that holds no policy.
+    """
+    folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+    path = Path(folder) / FILE_NAME if folder else None
+    return Policy.load(path) if path is not None and path.is_file() else None
+
+
+def _is_int8(value: object) -> bool:
+    if not hasattr(type(value), "__tensor_flatten__") or not isinstance(value, Tensor):
+        return False
+    from fxopt.precision.quantized import is_int8_weight
+
+    return is_int8_weight(value)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with plain tensors for int8 weights; what is shared stays shared."""
+    from fxopt.precision.quantized import dequantized
+
+    widened: dict[int, Tensor] = {}
+    plain = dict(state)
+    for name, value in state.items():
+        if _is_int8(value):
+            memory: int = value.data.int_data.untyped_storage()._cdata
+            if memory not in widened:
+                widened[memory] = dequantized(value, value.dtype)
+            plain[name] = widened[memory]
+    return plain

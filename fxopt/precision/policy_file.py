@@ -1,0 +1,126 @@
+"""Policies as JSON and YAML: data only, exact both ways, nothing unknown accepted.
+
+name: mine
+default: {storage: bfloat16, compute: bfloat16, gradient: bfloat16, rounding: stochastic, optimizer_state: float32}
+selectors:
+  - {role: norm, storage: float32, compute: float32}
+  - {name: "model.layers.*.mlp.*", optimizer_state: 8bit}
+"""
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fxopt.precision.policy import Policy, PolicyError, Precision, Selector, dtype_name
+from fxopt.precision.roles import Role
+
+_DTYPE_FIELDS = ("storage", "compute", "gradient")
+
+
+def to_json(policy: Policy) -> str:
+    return json.dumps(_to_data(policy), indent=2) + "\n"
+
+
+def to_yaml(policy: Policy) -> str:
+    return str(yaml.safe_dump(_to_data(policy), sort_keys=False))
+
+
+def from_json(text: str) -> Policy:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PolicyError(f"not JSON: {error}") from None
+    return _from_data(data)
+
+
+def from_yaml(text: str) -> Policy:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PolicyError(f"not YAML of plain data: {error}") from None
+    return _from_data(data)
+
+
+def save(policy: Policy, path: str | Path) -> Path:
+    path = Path(path)
+    path.write_text(_of_suffix(path, to_json, to_yaml)(policy), encoding="utf-8")
+    return path
+
+
+def load(path: str | Path) -> Policy:
+    path = Path(path)
+    read = _of_suffix(path, from_json, from_yaml)
+    try:
+        return read(path.read_text(encoding="utf-8"))
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from None
+
+
+def _of_suffix(path: Path, for_json: Callable[..., Any], for_yaml: Callable[..., Any]) -> Callable[..., Any]:
+    functions = {".json": for_json, ".yaml": for_yaml, ".yml": for_yaml}
+    if path.suffix not in functions:
+        raise PolicyError(f"{path}: a policy's file is named .json, .yaml or .yml")
+    return functions[path.suffix]
+
+
+def _to_data(policy: Policy) -> dict[str, Any]:
+    """Plain data; what is None in a selector is left out."""
+
+    def plain(part: Precision | Selector) -> dict[str, Any]:
+        values = {field.name: getattr(part, field.name) for field in fields(part)}
+        return {name: _plain(value) for name, value in values.items() if value is not None}
+
+    return {"name": policy.name, "default": plain(policy.default), "selectors": [plain(s) for s in policy.selectors]}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    return str(value) if isinstance(value, Role) else value
+
+
+def _from_data(data: object) -> Policy:
+    top = _mapping("a policy", data, ("name", "default", "selectors"), required=("name", "default"))
+    selectors = top.get("selectors") or []
+    if not isinstance(selectors, list):
+        raise PolicyError(f"selectors must be a list, got {type(selectors).__name__}")
+    return Policy(
+        top["name"],
+        _part("default", Precision, top["default"]),
+        tuple(_part(f"selectors[{place}]", Selector, selector) for place, selector in enumerate(selectors)),
+    )
+
+
+def _part(where: str, kind: type[Any], data: object) -> Any:
+    known = tuple(field.name for field in fields(kind))
+    required = tuple(field.name for field in fields(kind) if field.default is MISSING)
+    values = _mapping(where, data, known, required)
+    try:
+        return kind(**{name: _dtype(value) if name in _DTYPE_FIELDS else value for name, value in values.items()})
+    except PolicyError as error:
+        raise PolicyError(f"{where}: {error}") from None
+
+
+def _mapping(where: str, data: object, known: tuple[str, ...], required: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise PolicyError(f"{where} must be a mapping of {', '.join(known)}; got {type(data).__name__}")
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            nearest = f"; nearest: {near[0]!r}" if near else ""
+            raise PolicyError(f"{where} has an unknown key {key!r}{nearest}; known: {', '.join(known)}")
+    if missing := [key for key in required if key not in data]:
+        raise PolicyError(f"{where} lacks {', '.join(missing)}")
+    return data
+
+
+def _dtype(name: object) -> object:
+    """The dtype of that name; anything else as it is, for `Precision` to refuse."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else name

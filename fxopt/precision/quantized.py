@@ -1,0 +1,211 @@
+"""torchao's quantized training on a model's own modules and parameters: int8 weights, int8 and float8 products.
+
+int8 weights: `torchao.prototype.quantized_training.Int8QuantizedTrainingLinearWeight`, rows of int8 with a scale each.
+It shows the dtype of its scales, its gradient is a plain tensor, what is written to it is rounded stochastically.
+Products: torchao's `int8_mixed_precision_training(module_swap=True)` and `convert_to_float8_training`.
+
+torchao knows `F.linear` with an int8 weight and contiguous factors. Added here, in torchao's own table: any strides;
+`F.embedding`, which gathers int8 rows and their scales; and other matrix products (GPT-2's `addmm`, Mamba's
+`weight @ x`), for which the weight is widened.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.prototype.quantized_training import Int8QuantizedTrainingLinearWeight as Int8Weight
+from torchao.prototype.quantized_training import int8_mixed_precision_training
+from torchao.quantization import quantize_
+
+from fxopt.precision.policy import FLOAT8, PolicyError
+
+# So that torch.load, which accepts what it knows, gives back a state dict with int8 weights bit by bit.
+torch.serialization.add_safe_globals([Int8Weight])
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+def quantize_parameter(model: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Stores a matrix (N, D) of `model` as int8 with a scale for each row; operations see it in `dtype`.
+
+    In place: the object stays the same, so weights stay tied and an optimizer keeps it. Only where the compiler holds
+    on to the object, another takes its place throughout `model`, with a warning. Returns the parameter. The first
+    rounding is to the nearest.
+    """
+    return _become(model, parameter, Int8Weight.from_float(parameter.detach().to(dtype)))
+
+
+def dequantize_parameter(model: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Stores an int8 weight as a plain (N, D) of `dtype` again, in place as `quantize_parameter` does."""
+    return _become(model, parameter, dequantized(parameter, dtype))
+
+
+def dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A plain tensor (N, D) of the values that an int8 weight has, rounded once to `dtype`."""
+    held: Any = weight.data
+    return (held.int_data.float() * held.scale.float().unsqueeze(1)).to(dtype)
+
+
+def is_int8_weight(tensor: Tensor) -> bool:
+    return isinstance(tensor, Int8Weight)
+
+
+def _become(model: nn.Module, parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    gradient, parameter.grad = parameter.grad, None
+    new = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
+    new.__dict__.update({n: noted for n, noted in vars(parameter).items() if n not in ("int_data", "scale")})
+    try:
+        torch.utils.swap_tensors(parameter, new)
+        new = parameter
+    except RuntimeError:  # Dynamo's guards refer to it weakly
+        for module in model.modules():
+            for leaf, owned in module._parameters.items():
+                if owned is parameter:
+                    module._parameters[leaf] = new
+        warnings.warn(
+            "weights of a model that was compiled became other objects when they changed to or from int8: an optimizer "
+            "made before holds the old ones, make it anew",
+            stacklevel=5,
+        )
+    if gradient is not None:
+        new.grad = gradient.to(new.dtype)
+    return new
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of an int8 weight (V, D) by their indices (...) → (..., D), in the dtype of the scales."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, weight: Any, padding_idx: int, scale_by_frequency: bool) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.num_rows, ctx.padding_idx, ctx.scale_by_frequency = weight.shape[0], padding_idx, scale_by_frequency
+        return F.embedding(indices, weight.int_data) * F.embedding(indices, weight.scale.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (indices,) = ctx.saved_tensors
+        table = torch.ops.aten.embedding_dense_backward(
+            gradients[0], indices, ctx.num_rows, ctx.padding_idx, ctx.scale_by_frequency
+        )
+        return None, table, None, None
+
+
+class _Widen(torch.autograd.Function):
+    """An int8 weight as a plain tensor; the gradient passes through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Any) -> Tensor:
+        return weight.dequantize()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; the gradient that arrives is made contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].contiguous()
+
+
+_torchao_linear = Int8Weight._TORCH_FN_TABLE[Int8Weight][F.linear]
+
+
+@Int8Weight.implements_torch_function(F.linear)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    # torchao's backward views both as matrices, which fails for what was transposed (Mamba's scan).
+    return _ContiguousGradient.apply(_torchao_linear(func, types, (args[0].contiguous(), *args[1:]), kwargs))
+
+
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None or sparse:
+        raise NotImplementedError("an int8 embedding has neither max_norm nor sparse gradients: store it in bfloat16")
+    padding_idx = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    return _Lookup.apply(input, weight, padding_idx, scale_grad_by_freq)
+
+
+@Int8Weight.implements_torch_function(F.embedding)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    return _embedding(*args, **kwargs)
+
+
+_PRODUCTS = [torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.addmm]
+
+
+@Int8Weight.implements_torch_function(_PRODUCTS)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    return func(*(_Widen.apply(arg) if isinstance(arg, Int8Weight) else arg for arg in args), **kwargs)
+
+
+# What torchao's two kinds of linear layers hold beside what nn.Linear does.
+_SETTINGS = ("config", "linear_mm_config", "scaling_type_input", "scaling_type_weight", "scaling_type_grad_output")
+_MARK = "_fxopt_product"
+
+# Products ------------------------------------------------------------------------------------------------------------
+
+
+def can_swap(module: nn.Module) -> bool:
+    """Whether torchao's quantized products know this module: `nn.Linear` itself, whose forward is known."""
+    return type(module) is nn.Linear
+
+
+def swap_product(module: nn.Linear, compute: torch.dtype, *, emulate: bool = False) -> None:
+    """Makes a linear layer multiply in int8 or float8_e4m3fn, in place: the same object, parameters and hooks.
+
+    emulate: compute float8 products in wider arithmetic, for hardware without float8.
+    """
+    if compute == FLOAT8:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        swapped: nn.Module = convert_to_float8_training(module, config=Float8LinearConfig(emulate=emulate))
+        # torchao returns a new module around the same parameters; its settings are what is new.
+        module.__dict__.update({name: value for name, value in vars(swapped).items() if name not in vars(module)})
+        module.__class__ = type(swapped)  # type: ignore[assignment]
+    else:
+        quantize_(module, int8_mixed_precision_training(module_swap=True))
+    module.__dict__[_MARK] = True
+
+
+def restore_products(model: nn.Module) -> None:
+    """Undoes `swap_product` in all of `model`, in place."""
+    for module in model.modules():
+        if is_swapped(module):
+            for name in (*_SETTINGS, _MARK):
+                module.__dict__.pop(name, None)
+            module.__class__ = nn.Linear
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether `swap_product` made it what it is. A torchao layer of the user's own is not ours to change."""
+    return _MARK in module.__dict__
+
+
+def require_float8(devices: Iterable[torch.device]) -> None:
+    """Raises PolicyError where a device has no float8 products."""
+    for device in devices:
+        if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 9)):
+            continue
+        raise PolicyError(
+            f"{device} has no float8 products (they need a GPU of compute capability 8.9 or later): use the policy "
+            "'bf16-8bit', which holds the same bytes, or emulate=True to try float8's accuracy out, slowly"
+        )

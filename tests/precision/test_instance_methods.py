@@ -1,0 +1,97 @@
+"""The policy beside a model's files, and a vocabulary that grows."""
+
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import fxopt
+from fxopt.precision.annotate import annotate, policy_of
+from fxopt.precision.policy import Policy, PolicyError, Selector
+from fxopt.precision.presets import policies
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("policy", list(policies()))
+def test_save_load_continue(policy: str, llama: LlamaForCausalLM, tokens: Tensor, tmp_path: Path) -> None:
+    annotate(llama, policy, emulate=True).eval()
+    llama.save_pretrained(tmp_path)
+    assert Policy.load(tmp_path / "fxopt_policy.json") == Policy.named(policy)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} <= {FP32, BF16}
+    assert set(saved) == set(llama.state_dict()) - {"lm_head.weight"}
+    loaded = annotate(LlamaForCausalLM.from_pretrained(tmp_path, dtype=FP32), emulate=True)
+    assert policy_of(loaded) == Policy.named(policy)
+    assert torch.equal(loaded(tokens).logits, llama(tokens).logits)
+
+
+def test_optimize_finds_the_policy(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    assert policy_of(fxopt.optimize(copy.deepcopy(llama))) == Policy.named("bf16")
+    mine = Policy.named("bf16").with_selectors(Selector(role="norm", storage=FP32, compute=FP32), name="mine")
+    fxopt.optimize(llama, mine).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=FP32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxopt.optimize(loaded)
+    assert policy_of(loaded) == mine and fxopt.report(loaded).policy == "mine"
+    assert policy_of(fxopt.optimize(loaded, "fp32")) == Policy.named("fp32")
+    assert policy_of(fxopt.optimize(loaded)) == Policy.named("fp32")  # its own
+
+
+def test_islands_that_were_rounded_by_loading_are_pointed_out(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    annotate(llama, "bf16-islands").save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == BF16
+    with pytest.warns(UserWarning, match=r"5 parameters .* were loaded in bfloat16, .*dtype=torch\.float32"):
+        annotate(loaded)
+
+
+def test_a_broken_policy_file_is_named(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    annotate(llama, "bf16").save_pretrained(tmp_path)
+    path = tmp_path / "fxopt_policy.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "defualt": {}}))
+    with pytest.raises(PolicyError, match=r"fxopt_policy\.json: a policy has an unknown key 'defualt'"):
+        annotate(LlamaForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_given_state_dict_is_saved(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """As Trainer calls it."""
+    annotate(llama, "int8")
+    state = {name: value for name, value in llama.state_dict().items() if "layers.1" not in name}
+    llama.save_pretrained(tmp_path, state_dict=state)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(state) - {"lm_head.weight"}
+    annotate(llama, "bf16").save_pretrained(tmp_path / "b", state_dict={"model.norm.weight": torch.ones(32)})
+    assert set(load_file(tmp_path / "b" / "model.safetensors")) == {"model.norm.weight"}
+
+
+def test_copies_save_themselves(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    annotate(llama, "bf16")
+    for place, twin in enumerate((copy.deepcopy(llama), pickle.loads(pickle.dumps(llama)))):
+        with torch.no_grad():
+            twin.model.norm.weight.fill_(7)
+        twin.save_pretrained(tmp_path / str(place))
+        assert (load_file(tmp_path / str(place) / "model.safetensors")["model.norm.weight"] == 7).all()
+        assert (tmp_path / str(place) / "fxopt_policy.json").is_file()
+    assert "save_pretrained" not in vars(LlamaForCausalLM)
+
+
+@pytest.mark.parametrize("policy", ["mixed", "bf16-islands", "int8", "fp8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_grows(policy: str, tied: bool, llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    llama.config.tie_word_embeddings = tied
+    model = annotate(LlamaForCausalLM(llama.config), policy, emulate=True)
+    storage = model.lm_head.weight.fxopt_precision.storage
+    model.resize_token_embeddings(128)
+    assert model(tokens).logits.shape == (2, 12, 128)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.lm_head.weight.fxopt_precision.storage == storage and model.lm_head.weight.shape == (128, 32)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert model.lm_head.weight.grad is not None

@@ -95,9 +95,9 @@ def tokenize(
     return examples
 
 
-def prompts(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that a model continues with its answer."""
-    return [_texts(item, tokenizer, True)[0] for item in conversations]
+def prompts(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, *, chat: bool = True) -> list[str]:
+    """The text that a model continues with its answer; `chat` as in `tokenize`."""
+    return [_texts(item, tokenizer, chat)[0] for item in conversations]
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]]:

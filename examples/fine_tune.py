@@ -144,7 +144,9 @@ def run(settings: Settings) -> dict[str, Any]:
     with PeakMemory() as memory:
         trainer.train()
     after = held_out_loss(model, held_out, autocast)
-    num_exact = exact_matches(model, tokenizer, test, settings, autocast)
+    num_exact = exact_matches(
+        model, tokenizer, test, autocast, settings.variant, 2 * settings.batch_size, settings.max_new_tokens
+    )
 
     parameters = list(model.parameters())
     steady = clock.seconds[min(3, settings.steps - 1) :]
@@ -186,24 +188,26 @@ def exact_matches(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     test: list[Conversation],
-    settings: Settings,
     autocast: Callable[[], Any],
+    label: str,
+    batch_size: int,
+    max_new_tokens: int,
+    *,
+    chat: bool = True,
 ) -> int:
-    """How many problems the model answers, greedily, with the reference's final number."""
+    """How many problems the model answers, greedily, with the reference's final number. `chat` as in `tokenize`."""
     model.eval()
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     num_exact = 0
-    for batch in tqdm(
-        list(_chunks(test, 2 * settings.batch_size)), desc=f"{settings.variant}: answering", unit="batch"
-    ):
-        encoded = tokenizer(prompts(batch, tokenizer), add_special_tokens=False, padding=True, return_tensors="pt")
-        encoded = encoded.to(model.device)
+    for batch in tqdm(list(_chunks(test, batch_size)), desc=f"{label}: answering", unit="batch"):
+        texts = prompts(batch, tokenizer, chat=chat)
+        encoded = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
         with autocast():
-            generated = model.generate(**encoded, max_new_tokens=settings.max_new_tokens, do_sample=False)
-        texts = tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+            generated = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
         num_exact += sum(
-            final_answer(text) == final_answer(item.answer) for text, item in zip(texts, batch, strict=True)
+            final_answer(answer) == final_answer(item.answer) for answer, item in zip(answers, batch, strict=True)
         )
     return num_exact
 

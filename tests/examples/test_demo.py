@@ -95,18 +95,20 @@ def test_step_benchmark_on_random_tokens(tiny_model: Path, tmp_path: Path) -> No
 
 
 def test_training_curve_is_drawn_and_not_run_twice(tiny_model: Path, tmp_path: Path) -> None:
-    options = ["--steps", "2", "--every", "1", "--batch-size", "2", "--eval-problems", "2", "--variants", "plain,fxopt"]
+    options = "--steps 2 --every 1 --batch-size 2 --eval-problems 2 --answers 2 --max-new-tokens 4".split()
+    options += ["--variants", "plain,bf16-8bit", "--seeds", "0,1"]
     arguments = ["--model", tiny_model, *options, "--output", tmp_path / "out"]
     done = run("benchmarks/training_curve.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    curves = json.loads((tmp_path / "out" / "curves.json").read_text())
-    assert {name: list(curve) for name, curve in curves.items()} == {
-        name: ["0", "1", "2"] for name in ("plain", "fxopt")
+    assert "mean of the seeds" in done.stdout and "What it costs" in done.stdout
+    runs = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert {name: [list(record["held_out_loss"]) for record in records] for name, records in runs.items()} == {
+        name: [["0", "1", "2"]] * 2 for name in ("plain", "bf16-8bit")
     }
     assert (tmp_path / "out" / "curves.png").stat().st_size > 0
-    written = (tmp_path / "out" / "fxopt.json").stat().st_mtime_ns
+    written = (tmp_path / "out" / "plain-0.json").stat().st_mtime_ns
     assert run("benchmarks/training_curve.py", *arguments, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "out" / "fxopt.json").stat().st_mtime_ns == written
+    assert (tmp_path / "out" / "plain-0.json").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(

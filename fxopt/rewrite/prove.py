@@ -292,9 +292,9 @@ def _runner(graph: fx.Graph, sizes: _Sizes, change: Callable[[Any], Any] | None 
             if literal is not None:
                 node.args = _map_literals(node.args, literal)
                 node.kwargs = _map_literals(node.kwargs, literal)
-    module = fx.GraphModule(torch.nn.Module(), copied)
+    run = fx.GraphModule(torch.nn.Module(), copied).forward  # calling the module would print what it raises
     names = [str(placeholder.target) for placeholder in copied.find_nodes(op="placeholder")]
-    return lambda inputs: module(*(inputs[name] for name in names))
+    return lambda inputs: run(*(inputs[name] for name in names))
 
 
 def _map_literals(value: Any, change: Callable[[Any], Any]) -> Any:

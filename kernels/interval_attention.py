@@ -15,7 +15,6 @@ Bytes saved: query, key, value, the result and one number per row, as without a 
 On the CPU only: on a GPU the rule that calls this op leaves attention with a mask as it was.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -231,42 +229,52 @@ def _blocks_worth_it(query: Tensor, mask: Tensor, intervals: Tensor) -> tuple[_B
     everything = _Block(slice(0, batch_size), slice(0, num_queries), slice(0, mask.shape[-1]), False, True)
     if query.numel() == 0 or bool((intervals < 0).any()):
         return (everything,)
-    blocks = _blocks_seen(intervals.numpy().tobytes(), intervals.shape[1], batch_size)
+    blocks = _blocks_seen(intervals, batch_size)
     cost = num_heads * sum(block.num_scores for block in blocks) + COST_OF_A_BLOCK * len(blocks)
     is_worth_it = cost <= COST_OF_THE_MASK * num_heads * everything.num_scores
     return blocks if is_worth_it or _always_in_blocks.get() else (everything,)
 
 
-@functools.lru_cache(maxsize=8)  # a model has few masks in a step, and a call in each layer for each
-def _blocks_seen(intervals: bytes, num_rows: int, batch_size: int) -> tuple[_Block, ...]:
-    starts, ends = np.frombuffer(intervals, dtype=np.int64).reshape(2, num_rows, -1)
-    blocks: list[_Block] = []
+# By address; holding the tensor keeps its address its own. A model has few masks in a step, and asks in each layer.
+_known: dict[tuple[int, int], tuple[Tensor, tuple[_Block, ...]]] = {}
+
+
+def _blocks_seen(intervals: Tensor, batch_size: int) -> tuple[_Block, ...]:
+    key = intervals.data_ptr(), batch_size
+    if key not in _known or _known[key][0].shape != intervals.shape:
+        while len(_known) >= 8:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = intervals.detach(), tuple(_cut(*intervals.tolist(), batch_size))
+    return _known[key][1]
+
+
+def _cut(starts: list[list[int]], ends: list[list[int]], batch_size: int) -> Iterator[_Block]:
     first = 0
-    for _, alike in groupby(np.concatenate((starts, ends), axis=1).tolist()):
+    for row, alike in groupby(zip(starts, ends, strict=True)):
         rows = slice(first, first + len(list(alike)))
-        blocks += _blocks_in_rows(rows if num_rows > 1 else slice(0, batch_size), starts[first], ends[first])
+        yield from _blocks_in_rows(rows if len(starts) > 1 else slice(0, batch_size), *row)
         first = rows.stop
-    return tuple(blocks)
 
 
-def _blocks_in_rows(rows: slice, starts: np.ndarray, ends: np.ndarray) -> Iterator[_Block]:
+def _blocks_in_rows(rows: slice, starts: list[int], ends: list[int]) -> Iterator[_Block]:
     """Runs of queries that see the same keys, or each one key more; tiles where the first key changes too."""
-    steps = np.stack((np.diff(starts), np.diff(ends)), axis=1)
     begin = 0
     while begin < len(starts):
         num_keys, is_causal = ends[begin] - starts[begin], False
-        length = 1 + _run_length(steps[begin:], (0, 0))
+        length = _run_length(starts, ends, begin, more_keys=0)
         if num_keys == 1 and length == 1:
-            length, is_causal = 1 + _run_length(steps[begin:], (0, 1)), True
+            length, is_causal = _run_length(starts, ends, begin, more_keys=1), True
         is_tile = num_keys > 1 and length == 1  # each query sees other keys
         stop = min(begin + (TILE if is_tile else length), len(starts))
         if num_keys:
-            low, high = starts[begin:stop].min(), ends[begin:stop].max()
-            yield _Block(rows, slice(begin, stop), slice(int(low), int(high)), is_causal, is_tile)
+            keys = slice(min(starts[begin:stop]), max(ends[begin:stop]))
+            yield _Block(rows, slice(begin, stop), keys, is_causal, is_tile)
         begin = stop
 
 
-def _run_length(steps: np.ndarray, wanted: tuple[int, int]) -> int:
-    """How many of the first `steps` are as wanted."""
-    other = np.flatnonzero((steps != wanted).any(axis=1))
-    return int(other[0]) if len(other) else len(steps)
+def _run_length(starts: list[int], ends: list[int], begin: int, more_keys: int) -> int:
+    """How many queries from `begin` on see keys from the same one on, each `more_keys` more than the one before."""
+    stop = begin + 1
+    while stop < len(starts) and starts[stop] == starts[begin] and ends[stop] == ends[stop - 1] + more_keys:
+        stop += 1
+    return stop - begin

@@ -244,7 +244,8 @@ def _blocks_seen(intervals: Tensor, batch_size: int) -> tuple[_Block, ...]:
     if key not in _known or _known[key][0].shape != intervals.shape:
         while len(_known) >= 8:
             _known.pop(next(iter(_known)), None)
-        _known[key] = intervals.detach(), tuple(_cut(*intervals.tolist(), batch_size))
+        starts, ends = intervals.tolist()
+        _known[key] = intervals.detach(), tuple(_cut(starts, ends, batch_size))
     return _known[key][1]
 
 

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.kernels.backend import compute_dtype
+
 _aten = torch.ops.aten
 TILE = 128  # queries of one block where each sees other keys, as in a sliding window
 # When blocks are worth their calls, in units of one head's score; measured with `benchmarks/kernels.py`.
@@ -164,7 +166,7 @@ def _interval_attention_backward(
     dout, query, key, value = _dense_rows(dout, query, key, value)
     groups = query.shape[1] // key.shape[1]
     dquery = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    dkey, dvalue = (torch.zeros(tensor.shape, dtype=_accumulate_dtype(query)) for tensor in (key, value))
+    dkey, dvalue = (torch.zeros(tensor.shape, dtype=compute_dtype(query)) for tensor in (key, value))
     for block in _blocks_worth_it(query, mask, intervals):
         rows, queries, keys = block.rows, block.queries, block.keys
         # Each head with keys and values of its own: torch's kernel would add the gradients of shared ones in bfloat16.
@@ -208,11 +210,7 @@ def _dense_rows(*tensors: Tensor) -> list[Tensor]:
 
 def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of each row's sum: zeros, which are right where no key is seen."""
-    return query.new_zeros(query.shape), query.new_zeros(query.shape[:3], dtype=_accumulate_dtype(query))
-
-
-def _accumulate_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return query.new_zeros(query.shape), query.new_zeros(query.shape[:3], dtype=compute_dtype(query))
 
 
 def _options(block: _Block, mask: Tensor, dtype: torch.dtype, scale: float | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.interval_attention import always_in_blocks, interval_attention, visible_intervals
+from fxopt.passes.share_key_value_heads import ShareKeyValueHeads
 from fxopt.rewrite.graph import dtype_of, shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
@@ -79,22 +80,7 @@ class SkipMaskedKeysOfSharedHeads(SkipMaskedKeys):
     Source: transformers.integrations.sdpa_attention.repeat_kv, which is called where there is a mask.
     """
 
-    @staticmethod
-    def pattern(
-        query: Any, key: Any, value: Any, batch: Any, kv_heads: Any, groups: Any, length: Any, width: Any, heads: Any,
-        mask: Any, dropout: Any, causal: Any, scale: Any,
-    ) -> Any:  # fmt: skip
-        key = key[:, :, None, :, :].expand((batch, kv_heads, groups, length, width))
-        value = value[:, :, None, :, :].expand((batch, kv_heads, groups, length, width))
-        return F.scaled_dot_product_attention(
-            query,
-            key.reshape((batch, heads, length, width)),
-            value.reshape((batch, heads, length, width)),
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=causal,
-            scale=scale,
-        )
+    pattern = staticmethod(ShareKeyValueHeads.pattern)  # type: ignore[assignment]  # it binds other names
 
 
 SKIP_MASKED_KEYS = rules_pass(

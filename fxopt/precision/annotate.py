@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fxopt.kernels.rounding import Rounding
 from fxopt.precision.boundaries import place_boundaries, remove_boundaries
 from fxopt.precision.instance_methods import give_methods, saved_policy
+from fxopt.precision.parameter_storage import is_int8, is_wrapper
 from fxopt.precision.policy import (
     FLOAT8,
     MATMUL_DTYPES,
     Policy,
     PolicyError,
     Precision,
-    Rounding,
     Selector,
     dtype_name,
 )
@@ -197,27 +198,14 @@ def _set_products(model: nn.Module, precisions: dict[str, Precision], emulate: b
             swap_product(module, compute_of[weight], emulate=emulate)
 
 
-def _is_wrapper(tensor: Tensor) -> bool:
-    """A tensor made of other tensors: quantized. Not one that is sharded (DTensor)."""
-    return hasattr(type(tensor), "__tensor_flatten__") and not hasattr(tensor, "to_local")
-
-
 def _is_plain(tensor: Tensor) -> bool:
     """Floating-point values and nothing else; not quantized. Sharded (DTensor) counts as plain."""
-    return tensor.dtype in _CONVERTIBLE and not _is_wrapper(tensor)
-
-
-def _is_int8(tensor: Tensor) -> bool:
-    if not _is_wrapper(tensor):
-        return False
-    from fxopt.precision.quantized import is_int8_weight
-
-    return is_int8_weight(tensor)
+    return tensor.dtype in _CONVERTIBLE and not is_wrapper(tensor)
 
 
 def _held_in(parameter: Tensor) -> torch.dtype | None:
     """The dtype that a parameter is stored in, or None where no policy can change it."""
-    return parameter.dtype if _is_plain(parameter) else torch.int8 if _is_int8(parameter) else None
+    return parameter.dtype if _is_plain(parameter) else torch.int8 if is_int8(parameter) else None
 
 
 def _require_data(model: nn.Module) -> None:
@@ -237,11 +225,11 @@ def _apply(
 ) -> None:
     """Storage and gradient of one parameter as its precision says, in place."""
     gradient, parameter.grad = parameter.grad, None
-    if precision.storage == torch.int8 and not (_is_int8(parameter) and parameter.dtype == precision.activation):
+    if precision.storage == torch.int8 and not (is_int8(parameter) and parameter.dtype == precision.activation):
         from fxopt.precision.quantized import quantize_parameter
 
         parameter = quantize_parameter(model, parameter, precision.activation)
-    elif precision.storage != torch.int8 and _is_int8(parameter):
+    elif precision.storage != torch.int8 and is_int8(parameter):
         from fxopt.precision.quantized import dequantize_parameter
 
         parameter = dequantize_parameter(model, parameter, precision.storage)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxopt.precision.parameter_storage import is_int8
 from fxopt.precision.policy import Policy
 
 FILE_NAME = "fxopt_policy.json"
@@ -42,7 +43,7 @@ class SavePretrained(_Method):
         original: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
         call = inspect.signature(original).bind(self.model, save_directory, *args, **kwargs)
         state: dict[str, Any] | None = call.arguments.get("state_dict") or kwargs.get("state_dict")
-        if any(_is_int8(value) for value in (state or dict(self.model.named_parameters())).values()):
+        if any(is_int8(value) for value in (state or dict(self.model.named_parameters())).values()):
             kwargs["state_dict"] = _plain(state or self.model.state_dict())
         result = original(self.model, save_directory, *args, **kwargs)
         policy = getattr(self.model, "_fxopt_policy", None)
@@ -58,7 +59,7 @@ class ResizeTokenEmbeddings(_Method):
         from fxopt.precision.annotate import annotate
 
         policy: Policy = self.model._fxopt_policy  # type: ignore[assignment]
-        int8 = [parameter for parameter in self.model.parameters() if _is_int8(parameter)]
+        int8 = [parameter for parameter in self.model.parameters() if is_int8(parameter)]
         if int8:
             from fxopt.precision.quantized import dequantize_parameter
 
@@ -87,14 +88,6 @@ def saved_policy(model: nn.Module) -> Policy | None:
     return Policy.load(path) if path is not None and path.is_file() else None
 
 
-def _is_int8(value: object) -> bool:
-    if not hasattr(type(value), "__tensor_flatten__") or not isinstance(value, Tensor):
-        return False
-    from fxopt.precision.quantized import is_int8_weight
-
-    return is_int8_weight(value)
-
-
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict with plain tensors for int8 weights; what is shared stays shared."""
     from fxopt.precision.quantized import dequantized
@@ -102,7 +95,7 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     widened: dict[int, Tensor] = {}
     plain = dict(state)
     for name, value in state.items():
-        if _is_int8(value):
+        if is_int8(value):
             memory: int = value.data.int_data.untyped_storage()._cdata
             if memory not in widened:
                 widened[memory] = dequantized(value, value.dtype)

@@ -11,9 +11,10 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 
+from fxopt.kernels.rounding import Rounding
 from fxopt.precision.optimizer import Optimizer
 from fxopt.precision.parameter_storage import is_int8
-from fxopt.precision.policy import Precision, Rounding
+from fxopt.precision.policy import Precision
 from fxopt.precision.roles import parameter_roles
 from fxopt.precision.update_samples import Sample, Sampler, Shadow
 

@@ -12,7 +12,7 @@ from fxopt.precision import optimizer_states
 from fxopt.precision.annotate import parameter_precisions
 from fxopt.precision.gradient_clipping import ClipBy, GradientClipping
 from fxopt.precision.optimizer_kinds import RULES, Item, Kind
-from fxopt.precision.parameter_storage import is_int8, local
+from fxopt.precision.parameter_storage import is_int8, is_wrapper, local
 from fxopt.precision.policy import OptimizerState, Precision
 from fxopt.precision.release_gradients import UpdateInBackward
 from fxopt.precision.roles import Role, parameter_roles
@@ -363,7 +363,7 @@ def _check_parameter(parameter: Tensor, group: dict[str, Any], place: int) -> No
     name = _name(group, place)
     if is_int8(parameter):
         pass
-    elif hasattr(type(parameter), "__tensor_flatten__") and not hasattr(parameter, "to_local"):
+    elif is_wrapper(parameter):
         raise TypeError(
             f"{name} is a {type(parameter).__name__}, not a plain tensor: freeze it (requires_grad_(False)) or train "
             "it with the optimizer of the library that quantized it"

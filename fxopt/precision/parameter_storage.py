@@ -25,9 +25,14 @@ class ParameterStorage(Protocol):
         """To be called after the last write."""
 
 
-def is_int8(parameter: Tensor) -> bool:
+def is_wrapper(tensor: object) -> bool:
+    """Whether `tensor` is made of other tensors: quantized. Not one that is sharded (DTensor)."""
+    return hasattr(type(tensor), "__tensor_flatten__") and not hasattr(tensor, "to_local")
+
+
+def is_int8(parameter: object) -> bool:
     """Whether `parameter` is torchao's int8 weight for quantized training."""
-    if not hasattr(type(parameter), "__tensor_flatten__"):
+    if not is_wrapper(parameter):
         return False
     from torchao.prototype.quantized_training.int8 import Int8QuantizedTrainingLinearWeight
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 
+from fxopt.kernels.rounding import Rounding
 from fxopt.precision.roles import Role
 
 if TYPE_CHECKING:
     from fxopt.precision.policy_table import PolicyDiff
 
-Rounding = Literal["nearest", "stochastic", "kahan"]
 OptimizerState = Literal["float32", "8bit", "4bit"]  # the last two are torchao's block-wise quantized states
 Cast = Literal["nearest", "stochastic"]
 
@@ -252,7 +252,7 @@ class Policy:
         for selector in self.selectors:
             if selector.name is not None and not fnmatch.filter(names, selector.name):
                 globs = sorted({re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) for name in names})
-                nearest = _nearest(selector.name, globs)
+                nearest = nearest_name(selector.name, globs)
                 raise PolicyError(f"selector {selector.name!r} matches no parameter{nearest}")
             if selector.role is not None and selector not in of_presets and selector.role not in roles.values():
                 there = ", ".join(sorted(set(roles.values())))
@@ -321,7 +321,7 @@ def _check_values(owner: str, values: Mapping[str, object]) -> None:
             allowed = ", ".join(map(str, _DTYPES[field]))
             raise PolicyError(f"{owner}{dot}{field} must be one of {allowed}; got {value!r}")
         if field in _CHOICES and value not in _CHOICES[field]:
-            near = _nearest(str(value), _CHOICES[field])
+            near = nearest_name(str(value), _CHOICES[field])
             raise PolicyError(f"{owner}{dot}{field} must be one of {', '.join(_CHOICES[field])}; got {value!r}{near}")
 
 
@@ -342,9 +342,12 @@ def _role(role: object) -> Role:
     try:
         return Role(cast(str, role))
     except ValueError:
-        raise PolicyError(f"unknown role {role!r}{_nearest(str(role), list(Role))}; known: {', '.join(Role)}") from None
+        raise PolicyError(
+            f"unknown role {role!r}{nearest_name(str(role), list(Role))}; known: {', '.join(Role)}"
+        ) from None
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.3)
+def nearest_name(word: str, known: Iterable[str], likeness: float = 0.3) -> str:
+    """The end of a message: what of `known` is most like `word`, if anything is at least so much (0 to 1), or ''."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=likeness)
     return f"; nearest: {str(near[0])!r}" if near else ""

@@ -7,7 +7,6 @@ selectors:
   - {name: "model.layers.*.mlp.*", optimizer_state: 8bit}
 """
 
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from fxopt.precision.policy import Policy, PolicyError, Precision, Selector, dtype_name
+from fxopt.precision.policy import Policy, PolicyError, Precision, Selector, dtype_name, nearest_name
 from fxopt.precision.roles import Role
 
 _DTYPE_FIELDS = ("storage", "compute", "gradient")
@@ -112,8 +111,7 @@ def _mapping(where: str, data: object, known: tuple[str, ...], required: tuple[s
         raise PolicyError(f"{where} must be a mapping of {', '.join(known)}; got {type(data).__name__}")
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            nearest = f"; nearest: {near[0]!r}" if near else ""
+            nearest = nearest_name(str(key), known, likeness=0.6)
             raise PolicyError(f"{where} has an unknown key {key!r}{nearest}; known: {', '.join(known)}")
     if missing := [key for key in required if key not in data]:
         raise PolicyError(f"{where} lacks {', '.join(missing)}")

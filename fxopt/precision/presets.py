@@ -1,12 +1,11 @@
 """The presets by name, and the choice among them."""
 
-import difflib
 import os
 
 import torch
 from torch import nn
 
-from fxopt.precision.policy import FLOAT8, Policy, PolicyError, Precision, Selector
+from fxopt.precision.policy import FLOAT8, Policy, PolicyError, Precision, Selector, nearest_name
 from fxopt.precision.roles import Role
 
 # Bytes that weights, gradients and optimizer states hold per parameter: `fxopt.precision.footprint`, on real models.
@@ -49,8 +48,7 @@ def named(name: str) -> Policy:
         return presets[name]
     if name == "auto":
         raise PolicyError("'auto' is a choice for one model: fxopt.annotate(model, 'auto'), or presets.choose(model)")
-    near = difflib.get_close_matches(name.lower(), presets, n=1, cutoff=0.5)
-    nearest = f"; nearest: {near[0]!r}" if near else ""
+    nearest = nearest_name(name.lower(), presets, likeness=0.5)
     raise PolicyError(f"unknown policy {name!r}{nearest}; known: {', '.join(presets)}, auto")
 
 

@@ -52,10 +52,6 @@ def dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (held.int_data.float() * held.scale.float().unsqueeze(1)).to(dtype)
 
 
-def is_int8_weight(tensor: Tensor) -> bool:
-    return isinstance(tensor, Int8Weight)
-
-
 def _become(model: nn.Module, parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
     gradient, parameter.grad = parameter.grad, None
     new = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)

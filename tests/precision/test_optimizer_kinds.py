@@ -115,14 +115,20 @@ def test_muon_takes_the_linear_weights(llama: LlamaForCausalLM, tokens: Tensor) 
     names = {group["kind"]: group["param_names"] for group in opt.param_groups}
     assert set(names) == {"adamw", "muon"}
     assert all("proj" in name for name in names["muon"]) and not any("proj" in name for name in names["adamw"])
+    losses = train_llama(llama, tokens, opt, 10)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def train_llama(llama: LlamaForCausalLM, tokens: Tensor, opt: Optimizer, num_steps: int) -> list[float]:
+    """The loss of each step."""
     losses = []
-    for _ in range(10):
+    for _ in range(num_steps):
         loss = llama(input_ids=tokens, labels=tokens).loss
         loss.backward()
         opt.step()
         opt.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    return losses
 
 
 def test_muon_refuses_a_vector_by_name() -> None:
@@ -221,11 +227,5 @@ def test_int8_model_trains(llama: LlamaForCausalLM, tokens: Tensor) -> None:
 
     quantize_(annotate(llama, "bf16").model, int8_weight_only_quantized_training())
     opt = optimizer(llama, lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = llama(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(loss.item())
+    losses = train_llama(llama, tokens, opt, 8)
     assert losses[-1] < 0.8 * losses[0]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fxopt.precision.annotate import annotate, parameter_precisions
+from fxopt.precision.parameter_storage import is_int8
 from fxopt.precision.policy import FLOAT8, Policy, PolicyError, Selector
-from fxopt.precision.quantized import Int8Weight, dequantized, is_int8_weight, is_swapped, quantize_parameter
+from fxopt.precision.quantized import Int8Weight, dequantized, is_swapped, quantize_parameter
 from tests.accuracy import assert_as_accurate
 
 BF16, INT8 = torch.bfloat16, torch.int8
@@ -26,7 +27,7 @@ def test_a_tied_table_is_one_int8_tensor(llama: LlamaForCausalLM, tokens: Tensor
     annotate(llama, "int8")
     assert all(new is old for new, old in zip(llama.parameters(), parameters, strict=True))
     table = llama.model.embed_tokens.weight
-    assert llama.lm_head.weight is table and is_int8_weight(table) and isinstance(table, nn.Parameter)
+    assert llama.lm_head.weight is table and is_int8(table) and isinstance(table, nn.Parameter)
     precisions = parameter_precisions(llama)
     assert list(precisions) == [name for name, _ in llama.named_parameters()]
     assert {precisions[name].storage for name, p in llama.named_parameters() if p.dim() == 2} == {INT8}
@@ -126,7 +127,7 @@ def test_int8_weights_of_the_users_own_are_left_alone(tokens: Tensor) -> None:
     quantize_parameter(model, model[0].weight, BF16)
     held = model[0].weight.int_data
     annotate(model, "fp32")
-    assert is_int8_weight(model[0].weight) and model[0].weight.int_data is held
+    assert is_int8(model[0].weight) and model[0].weight.int_data is held
     assert model[0].weight.dtype == BF16 and list(parameter_precisions(model)) == ["1.weight", "1.bias"]
 
 
@@ -145,7 +146,7 @@ def test_frozen_weights_are_neither_widened_nor_quantized(
     base = dict(llama.named_parameters())["model.layers.0.self_attn.q_proj.base_layer.weight"]
     before = base.detach().clone()
     annotate(model, policy)
-    assert base.dtype == frozen and not is_int8_weight(base) and torch.equal(base, before)
+    assert base.dtype == frozen and not is_int8(base) and torch.equal(base, before)
     loss_of(model, tokens).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -159,7 +160,7 @@ def test_frozen_weights_are_neither_widened_nor_quantized(
 def test_a_selector_that_says_frozen_quantizes_them(llama: LlamaForCausalLM, tokens: Tensor) -> None:
     llama.model.layers[0].mlp.requires_grad_(False)
     annotate(llama, Policy.named("int8").with_selectors(Selector(name="model.layers.0.mlp.*", storage=INT8)))
-    assert is_int8_weight(llama.model.layers[0].mlp.up_proj.weight)
+    assert is_int8(llama.model.layers[0].mlp.up_proj.weight)
     loss_of(llama, tokens).backward()
 
 

@@ -57,16 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"unknown model type {unknown[0]!r}: it is not in transformers' causal-LM registry")
         return 2
     names = options.types or list(NAMES)
+    versions = {name: version(name) for name in ("torch", "transformers")}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.jobs) as pool:
         task = progress.add_task("model types", total=len(names))
         rows = []
         for future in as_completed([pool.submit(cover_afresh, name, options.timeout) for name in names]):
             rows.append(row := future.result())
+            if options.save:  # after each row: a run that is stopped has shown what it has found
+                options.save.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2))
             progress.console.print(f"{row['type']}: {row['status']} in {row['seconds']:.0f} s", highlight=False)
             progress.advance(task)
     rows.sort(key=lambda row: names.index(row["type"]))
-    versions = {name: version(name) for name in ("torch", "transformers")}
     run = {"versions": versions, "rows": rows}
     if options.save:
         options.save.write_text(json.dumps(run, indent=2))
@@ -275,7 +277,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("types", nargs="*", help="model types; default: all of the registry")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one model")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to FILE too")
     parser.add_argument("--against", type=Path, metavar="FILE", help="say what differs from the run saved in FILE")

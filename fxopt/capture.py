@@ -29,11 +29,12 @@ from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from fxopt.rematerialize import rematerializing
 from fxopt.rewrite.graph import graph_modules
-from fxopt.rewrite.pipeline import PassRecord, Pipeline
+from fxopt.rewrite.pipeline import Observer, PassRecord, Pipeline
 from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.report import GraphRecord, Report
 from fxopt.rewrite.snapshot import snapshot
-from fxopt.training_call import as_captured, kind_of, named_arguments, why_not_covered
+from fxopt.rewrite.structured_trace import trace_graph
+from fxopt.training_call import as_captured, kind_of, mark_dynamic, named_arguments, why_not_covered
 
 logger = logging.getLogger("fxopt")
 
@@ -54,6 +55,15 @@ class Settings:
             raise ValueError(f"unknown backend {self.backend!r}; known: {', '.join(get_args(Backend))}")
 
 
+@dataclass(frozen=True)
+class CapturedCall:
+    """A call that graphs were captured for: its arguments, tensors without their values, and the modes it ran in."""
+
+    arguments: dict[str, Any]
+    training: bool
+    grad_enabled: bool
+
+
 class OptimizedForward:
     """Runs the calls that train a model through rewritten graphs, and every other call as before."""
 
@@ -71,6 +81,8 @@ class OptimizedForward:
         self._numbers: dict[Hashable, int] = {}  # of the kinds of call, in the report
         self._in_pieces: set[Hashable] = set()  # kinds of call whose graphs break where sizes depend on data
         self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
+        self.calls: list[CapturedCall] = []  # one of each kind
+        self.observe: Observer | None = None  # sees each graph before the passes, after each, and as it runs
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -93,6 +105,8 @@ class OptimizedForward:
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
         # A first call may fail after some of its graphs have run: then the next attempt starts where this one did.
         state = ModelState(self.model) if kind not in self._compiled else None
+        if state is not None:
+            self.calls.append(_without_values(captured, self.model.training))
         try:
             outputs = self._run_captured(kind, captured, state)
         except Exception as error:
@@ -107,9 +121,24 @@ class OptimizedForward:
         if state is not None and not any(graph.kind == self._numbers[kind] for graph in self.report.graphs):
             self._disabled[kind] = "Dynamo captured no graph"
             self.report.fallbacks[self._disabled[kind]] += 1
-        for graph_break in torch._dynamo.utils.graph_break_reasons[known_breaks:]:
-            self.report.graph_breaks[_where_and_why(graph_break)] += 1
+        self._note_graph_breaks(known_breaks)
         return reveal_on_touch(outputs)
+
+    def capture(self, call: dict[str, Any]) -> None:
+        """Capture the graphs of `call`, in the form that `calls` has them, for who only looks at them.
+
+        Neither falls back nor gives the model its state back. Raises what the capture raises.
+        """
+        known_breaks = len(torch._dynamo.utils.graph_break_reasons)
+        mark_dynamic(call)
+        try:
+            self._run_captured(kind_of(self.model, call), call, None)
+        finally:
+            self._note_graph_breaks(known_breaks)
+
+    def _note_graph_breaks(self, known: int) -> None:
+        for graph_break in torch._dynamo.utils.graph_break_reasons[known:]:
+            self.report.graph_breaks[_where_and_why(graph_break)] += 1
 
     def why_not_covered(self, batch: Mapping[str, Any]) -> str:
         """Why calls with `batch` run the original forward, or ''."""
@@ -151,12 +180,18 @@ class OptimizedForward:
 
     def _backend(self, kind: int, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """What Dynamo calls for each graph of the `kind`-th kind of call."""
+        if self.observe is not None:
+            self.observe("captured", module)
         start = time.perf_counter()
         before = snapshot(module)
-        passes = (self.settings.pipeline or EXACT).run(module, self._prover)
+        passes = (self.settings.pipeline or EXACT).run(module, self._prover, self.observe)
         wrap = defer_marked_outputs(module, on_touch=self._count_logits)
         elapsed_ms = 1e3 * (time.perf_counter() - start)
-        self.report.graphs.append(GraphRecord(kind, _frame(), _tidied(passes), before, snapshot(module), elapsed_ms))
+        if self.observe is not None:
+            self.observe("defer_logits", module)
+        record = GraphRecord(kind, _frame(), _tidied(passes), before, snapshot(module), elapsed_ms)
+        self.report.graphs.append(record)
+        trace_graph(record)
         if self.settings.backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
@@ -185,6 +220,14 @@ def _captured_call(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
     if logits is not None and getattr(outputs, "loss", None) is not None:
         outputs.logits = deferred(logits)
     return outputs
+
+
+def _without_values(call: dict[str, Any], training: bool) -> CapturedCall:
+    arguments = {
+        name: torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
+    return CapturedCall(arguments, training, torch.is_grad_enabled())
 
 
 def _checkpoint_eagerly(module: fx.GraphModule) -> None:

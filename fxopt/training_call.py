@@ -64,11 +64,18 @@ def as_captured(model: nn.Module, signature: inspect.Signature, call: Call) -> C
         call["num_items_in_batch"] = torch.tensor(call["num_items_in_batch"])  # a number would be a new graph each
     for name, value in call.items():
         if isinstance(value, torch.Tensor):
-            call[name] = value = value.contiguous()  # strides that vary would be a new graph each
-            for axis in range(min(value.ndim, 2)):  # batch and sequence
+            call[name] = value.contiguous()  # strides that vary would be a new graph each
+    mark_dynamic(call)
+    return call
+
+
+def mark_dynamic(call: Call) -> None:
+    """Let Dynamo take batch and sequence for sizes that vary."""
+    for value in call.values():
+        if isinstance(value, torch.Tensor):
+            for axis in range(min(value.ndim, 2)):
                 if value.shape[axis] > 1:
                     torch._dynamo.maybe_mark_dynamic(value, axis)
-    return call
 
 
 def _follows_transformers(model: nn.Module) -> bool:

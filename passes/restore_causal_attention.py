@@ -55,8 +55,10 @@ def restore_causal_attention(graph: fx.Graph, prover: Prover | None) -> Outcome:
             outcome.near_misses.append(NearMiss(name, node.name, source_line(node), reasons[mask], (node,)))
             continue
         node.args, node.kwargs = (), {**arguments, "attn_mask": None, "is_causal": True}
-        change = Change("restore_causal_attention", "causal_attention", 1, source_line(node), module_path(node), None)
-        outcome.changes.append(change)
+        name, here = "restore_causal_attention", (node.name,)
+        outcome.changes.append(
+            Change(name, "causal_attention", 1, source_line(node), module_path(node), None, removed=here, added=here)
+        )
     return outcome
 
 

@@ -1,100 +1,278 @@
-"""A model's graphs before and after the passes, as data: which nodes went, which came, from which line of source."""
+"""A model's graphs before the passes, after each, and after all, as data: see `GraphDiff`."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fxopt.rewrite.report import GraphRecord, Report
-from fxopt.rewrite.snapshot import NodeRow
+from fxopt.inspection.meter import Cost
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of source. The file is told from the package it is installed in, or from the working directory."""
+
+    file: str
+    line: int
+    function: str
+    code: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The pass that made or removed a node, and the rule, or '' where the pass has no rules."""
+
+    step: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call in a graph, at whatever stage it stands there.
+
+    `operation` is spelled as the passes leave it, `spelled` as the model had it; `arguments` as the model had them.
+    It stands in the stages from `made` to `removed`, which it does not stand in any more (None: it stays). `reads` says
+    which nodes it reads, from which stage on. `before` and `after` are what it costs in the captured and in the last
+    graph; None where it does not stand there, or nothing was measured.
+    """
+
+    id: int
+    name: str
+    graph: str
+    operation: str
+    spelled: str
+    arguments: str
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+    source: Source | None
+    module: str
+    made: int
+    removed: int | None
+    made_by: Origin | None
+    removed_by: Origin | None
+    reads: tuple[tuple[int, tuple[int, ...]], ...]
+    before: Cost | None
+    after: Cost | None
+
+    @property
+    def value(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]" if self.dtype else ""
+
+    def reads_at(self, stage: int) -> tuple[int, ...]:
+        """The nodes that this one reads at a stage."""
+        return next((nodes for since, nodes in reversed(self.reads) if since <= stage), ())
+
+    def stands_at(self, stage: int) -> bool:
+        return self.made <= stage and (self.removed is None or stage < self.removed)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the proof of a rewrite measured: the largest errors against float64, the original's and the replacement's."""
+
+    original_error: float
+    replacement_error: float
+    num_inputs: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One rewrite that landed. `removed` and `added` are nodes; a node that was changed in place is in both."""
+
+    id: int
+    stage: int
+    step: str
+    rule: str
+    op: str
+    source: str
+    module: str
+    removed: tuple[int, ...]
+    added: tuple[int, ...]
+    proof: Proof | None
 
 
 @dataclass(frozen=True)
 class Hunk:
-    """Nodes that stand together and were replaced together. Equal hunks of repeated layers are one, with a count."""
+    """Nodes of the captured graph that went, and those of the last graph that came in their place.
 
-    removed: tuple[NodeRow, ...]
-    added: tuple[NodeRow, ...]
-    count: int
+    Rewrites that build on each other, such as a norm and the sum before it, are one hunk. `steps` are the passes that
+    took part. `like` is the first hunk that is equal but for the layer, and the hunk's own index if it is the first.
+    """
 
-    @property
-    def source(self) -> str:
-        return next((row.source for row in (*self.removed, *self.added) if row.source), "")
+    index: int
+    like: int
+    rewrites: tuple[int, ...]
+    steps: tuple[str, ...]
+    removed: tuple[int, ...]
+    added: tuple[int, ...]
+    source: Source | None
+    module: str
+    before: Cost | None
+    after: Cost | None
 
-    @property
-    def module(self) -> str:
-        return _without_index(next((row.module for row in (*self.removed, *self.added) if row.module), ""))
 
-    @property
-    def rules(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(row.rule for row in self.added if row.rule))
+@dataclass(frozen=True)
+class Miss:
+    """A place that was left alone: a near miss of a rule, or a match that its proof refused."""
+
+    rule: str
+    step: str
+    node: int | None
+    source: str
+    module: str
+    reason: str
+    refused: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """The nodes of one layer, or of one module outside the layers; of all stages, in order.
+
+    `like` is the first block that is equal to this one but for its place, and the block's own index if it is the first.
+    """
+
+    index: int
+    like: int
+    path: str
+    nodes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A graph as it was captured, or after a pass. `cost` and the peak are None where nothing was measured."""
+
+    name: str
+    num_nodes: int
+    num_rewrites: int
+    elapsed_ms: float
+    cost: Cost | None
+    peak_bytes: int | None
+    peak_at: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One captured graph through all stages.
+
+    `before` and `after` are the nodes of the first and the last stage, in order. `aligned` pairs nodes of the two:
+    "same", "rewritten" (the results of a rewrite with what computes them now) or "equal" (in structure to a node that went).
+    `not_measured` says why costs are missing, or ''.
+    """
+
+    kind: int
+    frame: int
+    stages: tuple[Stage, ...]
+    nodes: tuple[Node, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    aligned: tuple[tuple[int, int, str], ...]
+    rewrites: tuple[Rewrite, ...]
+    hunks: tuple[Hunk, ...]
+    blocks: tuple[Block, ...]
+    misses: tuple[Miss, ...]
+    not_measured: str
+
+    def folded_hunks(self) -> list[list[Hunk]]:
+        """Hunks that are equal but for the layer, together, in the order of the first of each."""
+        return _folded(self.hunks)
+
+    def folded_blocks(self) -> list[list[Block]]:
+        """Layers that are equal, together, in the order of the first of each."""
+        return _folded(self.blocks)
+
+
+def _folded(items: tuple[Any, ...]) -> list[list[Any]]:
+    groups: dict[int, list[Any]] = {}
+    for item in items:
+        groups.setdefault(item.like, []).append(item)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What was inspected: the sizes of the call, the mode, and the versions that made the graphs."""
+
+    batch_size: int | None
+    sequence_length: int | None
+    training: bool
+    checkpointing: bool
+    num_parameters: int
+    parameter_bytes: int
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
 class GraphDiff:
-    """What the passes changed in each captured graph of a model, in order of capture.
+    """What the passes did to each graph of a model, from `fxopt.inspect`.
 
-    Print it for a terminal; `save` writes it as text, HTML or JSON.
+    Print it for a terminal; `save` writes a page, JSON, text, GraphML or Model Explorer's JSON. `graph_breaks` and
+    `fallbacks` count their reasons, as in `fxopt.report`.
     """
 
     model: str
     policy: str
-    graphs: tuple[GraphRecord, ...]
+    conditions: Conditions
+    graphs: tuple[Graph, ...]
+    graph_breaks: dict[str, int]
+    fallbacks: dict[str, int]
 
-    @staticmethod
-    def of(report: Report) -> GraphDiff:
-        """The diff of everything captured so far; ValueError before the first training call."""
-        if not report.graphs:
-            raise ValueError(
-                f"no graph of this {report.model} has been captured yet; call it once with labels: "
-                "model(input_ids=…, labels=…)"
-            )
-        return GraphDiff(report.model, report.policy, tuple(report.graphs))
+    @property
+    def hits(self) -> dict[str, int]:
+        """Op name → number of rewrites."""
+        return dict(Counter(rewrite.op for graph in self.graphs for rewrite in graph.rewrites))
 
-    def hunks(self, graph: GraphRecord) -> list[Hunk]:
-        """The changes to one graph, equal ones of repeated layers folded into one."""
-        folded: dict[Any, Hunk] = {}
-        for removed, added in _changes(graph):
-            key = tuple(_without_layer(row) for row in removed), tuple(_without_layer(row) for row in added)
-            first = folded.setdefault(key, Hunk(removed, added, 0))
-            folded[key] = replace(first, count=first.count + 1)
-        return list(folded.values())
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every number that a comparison or a condition can be about, by name; over all graphs, after the passes."""
+        last = [graph.stages[-1] for graph in self.graphs]
+        misses = [miss for graph in self.graphs for miss in graph.misses]
+        found: dict[str, float] = {
+            "graphs": len(self.graphs),
+            "graph_breaks": sum(self.graph_breaks.values()),
+            "nodes": sum(stage.num_nodes for stage in last),
+            "fusions": sum(self.hits.values()),
+            "near_misses": sum(not miss.refused for miss in misses),
+            "refused": sum(miss.refused for miss in misses),
+            **self.hits,
+        }
+        if last and all(stage.cost is not None for stage in last):
+            cost = sum((stage.cost for stage in last if stage.cost is not None), Cost())
+            found |= {
+                "casts": cost.casts,
+                "launches": cost.launches + cost.backward_launches,
+                "bytes_moved": cost.bytes_moved + cost.backward_bytes_moved,
+                "flops": cost.flops + cost.backward_flops,
+                "saved_bytes": cost.saved_bytes,
+                "peak_bytes": max(stage.peak_bytes or 0 for stage in last),
+            }
+        return found
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "policy": self.policy,
-            "graphs": [
-                {
-                    "frame": graph.frame,
-                    "before": [asdict(row) for row in graph.before],
-                    "after": [asdict(row) for row in graph.after],
-                }
-                for graph in self.graphs
-            ],
-        }
+        """The diff as plain data, as the JSON file has it: see `fxopt.inspection.render_json`."""
+        from fxopt.inspection.render_json import to_dict
+
+        return to_dict(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write the diff to `path`, as its ending says: .html, .json or .txt. Returns the path.
+        """Write the diff to `path`, as its ending says, and return the path.
 
-        Raises ValueError for another ending.
+        .html: a page that opens from disk. .json: everything, as documented in `fxopt.inspection.render_json`.
+        .txt: what printing shows. .graphml: the graphs for networkx, Gephi, yEd. .model-explorer.json: for Google's
+        Model Explorer. Raises ValueError for another ending.
         """
-        from fxopt.inspection.render_text import as_html, as_text
-
         path = Path(path)
-        renderers = {
-            ".html": as_html,
-            ".txt": as_text,
-            ".json": lambda diff: json.dumps(diff.to_dict(), indent=1),
-        }
-        if path.suffix not in renderers:
-            raise ValueError(f"cannot save a graph diff as {path.name!r}; use one of {', '.join(renderers)}")
-        path.write_text(renderers[path.suffix](self), encoding="utf-8")
+        render = next((render for ending, render in _renderers().items() if path.name.endswith(ending)), None)
+        if render is None:
+            raise ValueError(f"cannot save a graph diff as {path.name!r}; use one of {', '.join(_renderers())}")
+        path.write_text(render(self), encoding="utf-8")
         return path
 
     def __rich__(self) -> Any:
@@ -108,17 +286,18 @@ class GraphDiff:
         return as_text(self)
 
 
-def _changes(graph: GraphRecord) -> Iterator[tuple[tuple[NodeRow, ...], tuple[NodeRow, ...]]]:
-    before, after = ([(row.name, row.operation) for row in side] for side in (graph.before, graph.after))
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    for tag, i1, i2, j1, j2 in matcher.get_opcodes():
-        if tag != "equal":
-            yield graph.before[i1:i2], graph.after[j1:j2]
+def _renderers() -> dict[str, Callable[[GraphDiff], str]]:
+    """By the ending of a file's name; the longer one first."""
+    from fxopt.inspection.render_graphml import as_graphml
+    from fxopt.inspection.render_html import as_html
+    from fxopt.inspection.render_json import as_json
+    from fxopt.inspection.render_model_explorer import as_model_explorer
+    from fxopt.inspection.render_text import as_text
 
-
-def _without_layer(row: NodeRow) -> tuple[str, ...]:
-    return row.operation, row.value, row.source, _without_index(row.module)
-
-
-def _without_index(module: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", module)
+    return {
+        ".model-explorer.json": as_model_explorer,
+        ".json": as_json,
+        ".html": as_html,
+        ".txt": as_text,
+        ".graphml": as_graphml,
+    }

@@ -6,6 +6,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -184,15 +185,35 @@ def nodes_to_move_up(value: fx.Node, before: fx.Node) -> list[fx.Node] | None:
     return sorted(late)
 
 
-def source_line(node: fx.Node) -> str:
-    """`file.py:line: code` of the innermost line of model source that a node comes from, or ''."""
+@dataclass(frozen=True)
+class SourceLine:
+    """A line of source: the file, the number of the line, the function around it, and the code without its indent."""
+
+    path: str
+    line: int
+    function: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.path.rsplit('/', 1)[-1]}:{self.line}: {self.code}"
+
+
+def source_of(node: fx.Node) -> SourceLine | None:
+    """The innermost line of model source that a node comes from."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
     for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith('File "'):
-            path, line = lines[index].split('"')[1], lines[index].split("line ")[1].split(",")[0]
-            code = lines[index + 1] if index + 1 < len(lines) else ""
-            return f"{path.rsplit('/', 1)[-1]}:{line}: {code}"
-    return ""
+        if found := _FRAME.match(lines[index]):
+            path, line, function = found.groups()
+            return SourceLine(path, int(line), function, lines[index + 1] if index + 1 < len(lines) else "")
+    return None
+
+
+_FRAME = re.compile(r'File "(.*)", line (\d+), in (.*)')
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:line: code` of the innermost line of model source that a node comes from, or ''."""
+    return str(source_of(node) or "")
 
 
 def module_path(node: fx.Node) -> str:
@@ -216,9 +237,14 @@ def _without_dynamo(path: str) -> str:
 
 def graph_modules(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """`root` and every graph inside it: bodies of activation checkpointing, nested compile regions."""
-    for module in root.modules():
+    return (module for _, module in named_graph_modules(root))
+
+
+def named_graph_modules(root: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """`root`, whose path is '', and every graph inside it with its path."""
+    for path, module in root.named_modules():
         if isinstance(module, fx.GraphModule):
-            yield module
+            yield path, module
 
 
 def link_inner_graphs(root: fx.GraphModule) -> None:

@@ -6,13 +6,13 @@ The pipeline is the only place that lints, recompiles, times and records; a pass
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import fx
 
-from fxopt.rewrite.graph import graph_modules, link_inner_graphs, module_path, source_line
+from fxopt.rewrite.graph import graph_modules, link_inner_graphs, module_path, named_graph_modules, source_line
 from fxopt.rewrite.match import NearMiss, Rule, find_matches
 from fxopt.rewrite.prove import Proof, Prover
 from fxopt.rewrite.replace import put_in_place, rewrite_of
@@ -20,7 +20,11 @@ from fxopt.rewrite.replace import put_in_place, rewrite_of
 
 @dataclass(frozen=True)
 class Change:
-    """One rewrite that landed: the rule, the op it put in, how many nodes it replaced, and where they came from."""
+    """One rewrite that landed: the rule, the op it put in, how many nodes it replaced, and where they came from.
+
+    `removed` and `added` name the nodes that went and came, in the graph whose path is `graph`; a node that was changed
+    in place is in both.
+    """
 
     rule: str
     op: str
@@ -28,6 +32,9 @@ class Change:
     source: str
     module: str
     proof: Proof | None
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    graph: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,11 @@ class Outcome:
         self.changes += other.changes
         self.near_misses += other.near_misses
         self.refused += other.refused
+
+    def inside(self, path: str) -> Outcome:
+        """This outcome, its changes told to be in the graph at `path`."""
+        self.changes = [replace(change, graph=path) for change in self.changes]
+        return self
 
 
 @dataclass(frozen=True)
@@ -116,9 +128,26 @@ def _apply_rule(graph: fx.Graph, rule: type[Rule], prover: Prover | None) -> Out
         if proof is not None and not proof.holds:
             outcome.refused.append(Refused(rule.__name__, source, module, proof))
             continue
-        successors |= put_in_place(rewrite)
-        outcome.changes.append(Change(rule.__name__, rule.op_name(), len(match.nodes), source, module, proof))
+        removed = tuple(node.name for node in match.nodes)
+        replaced = put_in_place(rewrite)
+        successors |= replaced
+        added = _between(rewrite.inputs.values(), replaced.values())
+        outcome.changes.append(
+            Change(rule.__name__, rule.op_name(), len(removed), source, module, proof, removed, added)
+        )
     return outcome
+
+
+def _between(inputs: Iterable[fx.Node], results: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The names of the nodes that compute `results` from `inputs`, in graph order."""
+    known, found = set(inputs), set[fx.Node]()
+    pending = list(results)
+    while pending:
+        node = pending.pop()
+        if node not in known and node not in found and node.op.startswith("call"):
+            found.add(node)
+            pending += node.all_input_nodes
+    return tuple(node.name for node in sorted(found))
 
 
 @dataclass(frozen=True)
@@ -132,15 +161,24 @@ class PassRecord:
     outcome: Outcome
 
 
+Observer = Callable[[str, fx.GraphModule], None]  # gets the name of what was done, and the module as it is now
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Passes in order. Running a pipeline twice changes nothing the second time."""
 
     passes: tuple[Pass, ...]
 
-    def run(self, module: fx.GraphModule, prover: Prover | None) -> list[PassRecord]:
-        """Run every pass over `module` and the graphs inside it, in place."""
-        records = [self._run_pass(step, module, prover) for step in self.passes]
+    def run(
+        self, module: fx.GraphModule, prover: Prover | None, observe: Observer | None = None
+    ) -> list[PassRecord]:
+        """Run every pass over `module` and the graphs inside it, in place. `observe` sees `module` after each pass."""
+        records = []
+        for step in self.passes:
+            records.append(self._run_pass(step, module, prover))
+            if observe is not None:
+                observe(step.name, module)
         for inner in graph_modules(module):
             inner.graph.lint()
             inner.recompile()
@@ -164,8 +202,8 @@ class Pipeline:
         start, before = time.perf_counter(), _num_nodes(module)
         outcome = Outcome()
         link_inner_graphs(module)
-        for inner in graph_modules(module):
-            outcome.extend(step.run(inner.graph, prover))
+        for path, inner in named_graph_modules(module):
+            outcome.extend(step.run(inner.graph, prover).inside(path))
         elapsed_ms = 1e3 * (time.perf_counter() - start)
         return PassRecord(step.name, elapsed_ms, before, _num_nodes(module), outcome)
 

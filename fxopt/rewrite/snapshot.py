@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxopt.rewrite.graph import graph_modules, module_path, readable_name, source_line, tensor_of
+from fxopt.rewrite.graph import (
+    SourceLine,
+    module_path,
+    named_graph_modules,
+    readable_name,
+    source_line,
+    source_of,
+    tensor_of,
+)
 from fxopt.rewrite.match import target_name
 
 
@@ -15,8 +23,9 @@ from fxopt.rewrite.match import target_name
 class NodeRow:
     """One node: what it computes, the shape and dtype of its value, its bytes, and where it comes from.
 
-    `size_bytes` counts a dynamic size as the size that the graph was captured with. `rule` is the rule that put
-    the node in, or ''.
+    `name` is unique among the nodes of one graph, whose path is `graph`, as long as the passes run. `inputs` names what
+    it reads as the model does, `input_nodes` as the graph does. `shape` and `size_bytes` count a dynamic size as the
+    size that the graph was captured with. `rule` is the rule that put the node in, or ''.
     """
 
     name: str
@@ -27,34 +36,69 @@ class NodeRow:
     source: str
     module: str
     rule: str
+    graph: str = ""
+    input_nodes: tuple[str, ...] = ()
+    arguments: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    source_line: SourceLine | None = None
 
 
 def snapshot(root: fx.GraphModule) -> tuple[NodeRow, ...]:
     """Every call in `root` and in the graphs inside it, in order."""
     return tuple(
-        _row(node) for inner in graph_modules(root) for node in inner.graph.nodes if node.op.startswith("call")
+        _row(node, path)
+        for path, inner in named_graph_modules(root)
+        for node in inner.graph.nodes
+        if node.op.startswith("call")
     )
 
 
-def _row(node: fx.Node) -> NodeRow:
+def _row(node: fx.Node, graph: str) -> NodeRow:
     value = tensor_of(node)
-    dtype_and_shape = ""
-    if value is not None:
-        dtype_and_shape = f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+    dtype = str(value.dtype).removeprefix("torch.") if value is not None else ""
+    shape = tuple(_as_captured(length) for length in value.shape) if value is not None else ()
     return NodeRow(
         name=node.name,
         operation=target_name(node),
         inputs=tuple(readable_name(source) for source in node.all_input_nodes),
-        value=dtype_and_shape,
-        size_bytes=_size_bytes(value) if value is not None else 0,
+        value=f"{dtype}[{', '.join(map(str, value.shape))}]" if value is not None else "",
+        size_bytes=_size_bytes(value, shape) if value is not None else 0,
         source=source_line(node),
         module=module_path(node),
         rule=str(node.meta.get("fxopt_rule", "")),
+        graph=graph,
+        input_nodes=tuple(source.name for source in node.all_input_nodes),
+        arguments=_arguments(node),
+        shape=shape,
+        dtype=dtype,
+        source_line=source_of(node),
     )
 
 
-def _size_bytes(value: torch.Tensor) -> int:
+def _arguments(node: fx.Node) -> str:
+    """What a node is called with, as it would be written in Python."""
+    positional = [_text(value) for value in node.args]
+    return ", ".join(positional + [f"{name}={_text(value)}" for name, value in node.kwargs.items()])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, fx.Node):
+        return readable_name(value)
+    if isinstance(value, tuple | list):
+        inside = ", ".join(map(_text, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
+    if isinstance(value, slice):
+        return f"slice({', '.join(map(_text, (value.start, value.stop, value.step)))})"
+    return repr(value)
+
+
+def _as_captured(length: int | torch.SymInt) -> int:
+    return length if isinstance(length, int) else length.node.hint or 0  # None: it depends on data
+
+
+def _size_bytes(value: torch.Tensor, shape: tuple[int, ...]) -> int:
     size = value.element_size()
-    for length in value.shape:
-        size *= length if isinstance(length, int) else length.node.hint or 0  # None: it depends on data
+    for length in shape:
+        size *= length
     return size

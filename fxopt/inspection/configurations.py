@@ -1,0 +1,109 @@
+"""A model from its configuration alone, without weights: by name, from a folder or a JSON file, or as an object.
+
+The sizes of some well-known models ship in `well_known.json`, so that these need no internet.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+class UnknownModelError(ValueError):
+    """There is no such model, or its configuration cannot be had here. The message says what to do."""
+
+
+def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
+    """The configuration that `model` names.
+
+    A name is looked up in this order: a folder or JSON file on disk; a well-known model, with or without its
+    organization ("Llama-3.2-1B"); a model type of transformers ("qwen3": its default sizes); the Hub and its cache.
+    Raises UnknownModelError.
+    """
+    if isinstance(model, PretrainedConfig):
+        return model
+    name, path = str(model), Path(model)
+    if path.is_file():
+        return _from_fields(_read(path), name)
+    if (path / "config.json").is_file():
+        return _from_fields(_read(path / "config.json"), name)
+    if path.is_dir() or path.suffix == ".json" or isinstance(model, Path):
+        raise UnknownModelError(f"{name}: there is no such file, or no config.json in that folder")
+    if (fields := _well_known(name)) is not None:
+        return _from_fields(fields, name)
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return CONFIG_MAPPING[name]()
+    return _from_hub(name)
+
+
+def well_known_names() -> list[str]:
+    """The models whose sizes ship with fxopt."""
+    return list(_table())
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, Any]]:
+    text = resources.files("fxopt.inspection").joinpath("well_known.json").read_text(encoding="utf-8")
+    table: dict[str, dict[str, Any]] = json.loads(text)
+    return table
+
+
+def _well_known(name: str) -> dict[str, Any] | None:
+    wanted = name.lower()
+    for known, fields in _table().items():
+        if wanted in (known.lower(), known.lower().rpartition("/")[2]):
+            return fields
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnknownModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise UnknownModelError(f"{path} is not a model's configuration: it holds no fields")
+    return fields
+
+
+def _from_fields(fields: dict[str, Any], name: str) -> PretrainedConfig:
+    model_type = fields.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        nearest = f"; nearest: {near[0]!r}" if near else ""
+        raise UnknownModelError(f"{name}: transformers knows no model_type {model_type!r}{nearest}")
+    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
+    return config
+
+
+def _from_hub(name: str) -> PretrainedConfig:
+    near = nearest_names(name)
+    hint = f"; nearest: {', '.join(near)}" if near else f"; without internet: {', '.join(well_known_names())}"
+    if "/" not in name:
+        raise UnknownModelError(f"unknown model {name!r}{hint}; give org/name, a model type, a folder or a config.json")
+    # The Hub's client tries for minutes before it says that there is no internet; one try is enough to say so here.
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name)
+    except Exception as error:  # the Hub's client raises anything from OSError to its own HTTP errors
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnknownModelError(f"the configuration of {name!r} cannot be had: {reason.strip()}{hint}") from None
+    return config
+
+
+def nearest_names(name: str) -> list[str]:
+    """Names that are close to a misspelt one: of well-known models, with and without organization, and model types."""
+    short = {known.rpartition("/")[2]: known for known in well_known_names()}
+    candidates = {item.lower(): item for item in (*well_known_names(), *short, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+    wanted = name.lower()
+    found = difflib.get_close_matches(wanted, candidates, n=3, cutoff=0.6)
+    found += difflib.get_close_matches(wanted.rpartition("/")[2], candidates, n=3, cutoff=0.6)
+    return list(dict.fromkeys(short.get(candidates[item], candidates[item]) for item in found))[:3]

@@ -1,0 +1,179 @@
+"""`fxopt.inspect`: what the passes do to a model's graphs, found on fake tensors, without weights or a training run."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+import fxopt
+from fxopt.capture import CapturedCall, OptimizedForward, Settings
+from fxopt.inspection.configurations import configuration_of
+from fxopt.inspection.diff import Conditions, GraphDiff
+from fxopt.inspection.record import Recorder, graph_of
+from fxopt.precision.annotate import annotate
+from fxopt.precision.policy import Policy, resolve
+from fxopt.rewrite.pipeline import Pipeline
+from fxopt.rewrite.report import Report
+
+SEQUENCE_LENGTH = 2048  # where nothing is asked for; less if the model takes less
+
+
+def inspect_optimized(forward: OptimizedForward, prove: bool = True) -> GraphDiff:
+    """The graphs of an optimized model that has run: its calls are captured once more, on fake tensors.
+
+    Where that cannot be, since the model's code looks at values, the report's graphs are shown, without costs.
+    """
+    if not forward.report.graphs:
+        raise ValueError(
+            f"no graph of this {forward.report.model} has been captured yet; call it once with labels: "
+            "model(input_ids=…, labels=…)"
+        )
+    original = forward.model.__dict__.pop("forward")  # the copy runs the model's own
+    mode = FakeTensorMode()
+    try:
+        with FakeCopyMode(mode):
+            model, replaced = copy.deepcopy((forward.model, forward.replaced))
+    finally:
+        forward.model.forward = original
+    settings = Settings(forward.settings.policy, pipeline=forward.settings.pipeline, prove=prove)
+    with mode:
+        calls = [_with_fake_tensors(call) for call in forward.calls]
+    diff = _inspect(model, settings, calls, mode, replaced)
+    if not _same_rewrites(diff, forward.report):
+        recorder = Recorder()
+        reason = "the graphs of the real calls are shown: on fake tensors the capture found others"
+        diff = _diff(forward.model, forward.report, recorder, calls, reason)
+    return diff
+
+
+def inspect_model(
+    model: nn.Module | PretrainedConfig | str | Path,
+    policy: str | Policy = "bf16",
+    *,
+    batch_size: int = 1,
+    sequence_length: int | None = None,
+    training: bool = True,
+    checkpointing: bool = False,
+    pipeline: Pipeline | None = None,
+    prove: bool = True,
+) -> GraphDiff:
+    """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
+    chosen = resolve(policy)
+    mode = FakeTensorMode()
+    if isinstance(model, nn.Module):
+        with FakeCopyMode(mode):
+            fake = copy.deepcopy(model)
+        config = getattr(model, "config", None)
+    else:
+        config = configuration_of(model)
+        with mode:
+            fake = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=chosen.default.storage)
+    annotate(fake, chosen)
+    fake.train(training)
+    if checkpointing:
+        _checkpoint_activations(fake)
+    longest = _longest(config)
+    if sequence_length is None:
+        sequence_length = min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)
+    elif longest is not None and sequence_length > longest:
+        raise ValueError(
+            f"sequence_length is {sequence_length}, and {type(fake).__name__} takes {longest} at most "
+            "(max_position_embeddings)"
+        )
+    with mode:
+        ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
+        arguments = {"input_ids": ids, "labels": torch.zeros_like(ids), "use_cache": False}
+    call = CapturedCall(arguments, training, grad_enabled=training)
+    return _inspect(fake, Settings(chosen.name, pipeline=pipeline, prove=prove), [call], mode)
+
+
+def _inspect(
+    model: nn.Module, settings: Settings, calls: list[CapturedCall], mode: FakeTensorMode, replaced: Any = None
+) -> GraphDiff:
+    forward = OptimizedForward(model, settings, replaced)
+    forward.observe = recorder = Recorder()
+    for call in calls:
+        model.train(call.training)
+        try:
+            with _without_garbage_collection(), mode, torch.set_grad_enabled(call.grad_enabled):
+                forward.capture(dict(call.arguments))
+        except Exception as error:  # anything that a model's code does with values, which fake tensors have not
+            forward.report.fallbacks[f"{type(error).__name__}: {error}".splitlines()[0]] += 1
+    return _diff(model, forward.report, recorder, calls, recorder.not_measured)
+
+
+def _diff(
+    model: nn.Module, report: Report, recorder: Recorder, calls: list[CapturedCall], not_measured: str
+) -> GraphDiff:
+    return GraphDiff(
+        model=report.model,
+        policy=report.policy,
+        conditions=_conditions(model, calls),
+        graphs=tuple(graph_of(record, recorder.stages_of(record), not_measured) for record in report.graphs),
+        graph_breaks=dict(report.graph_breaks),
+        fallbacks=dict(report.fallbacks),
+    )
+
+
+def _conditions(model: nn.Module, calls: list[CapturedCall]) -> Conditions:
+    ids = next((v for call in calls for v in call.arguments.values() if isinstance(v, torch.Tensor) and v.ndim > 1), None)
+    return Conditions(
+        batch_size=int(ids.shape[0]) if ids is not None else None,
+        sequence_length=int(ids.shape[1]) if ids is not None else None,
+        training=any(call.training for call in calls),
+        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        versions={"fxopt": fxopt.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def _same_rewrites(diff: GraphDiff, report: Report) -> bool:
+    found = [sum(1 for r in graph.rewrites) for graph in diff.graphs]
+    latest = {(graph.kind, graph.frame): graph.hits().total() for graph in report.graphs}
+    return sum(found) >= sum(latest.values())
+
+
+def _with_fake_tensors(call: CapturedCall) -> CapturedCall:
+    arguments = {
+        name: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in call.arguments.items()
+    }
+    return CapturedCall(arguments, call.training, call.grad_enabled)
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    name = "activation_checkpointing_enable"  # as transformers now calls it
+    enable = getattr(model, name, None) or getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ValueError(f"{type(model).__name__} has no activation checkpointing; inspect it with checkpointing=False")
+    enable()
+
+
+def _longest(config: Any) -> int | None:
+    if not isinstance(config, PretrainedConfig):
+        return None
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """The graphs of many layers are many objects, all in use: looking through them takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,289 @@
+"""What a graph costs, found by running it on fake tensors, forward and backward: no data, no memory, no GPU.
+
+Counted are ATen calls as eager PyTorch makes them, one kernel launch each, except views and allocations. An op of fxopt's
+is one call; what it allocates and frees inside is not seen. Bytes moved are the bytes of a call's inputs and results.
+FLOPs are those of matrix products and attention, by the formulas of `torch.utils.flop_counter`. Saved for backward is
+what is still alive when the forward ends, each storage once; the peak is that of everything but inputs, parameters and
+their gradients, which are released as soon as they are there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from fxopt.rematerialize import rematerializing
+from fxopt.rewrite.graph import named_graph_modules, value_of
+
+aten = torch.ops.aten
+
+Key = tuple[str, str]  # the path of a graph, and the name of a node in it
+
+
+@dataclass
+class Cost:
+    """What one node, or a whole graph, costs in one training step."""
+
+    launches: int = 0
+    backward_launches: int = 0
+    casts: int = 0  # conversions of dtype that are run, in both directions
+    bytes_moved: int = 0
+    backward_bytes_moved: int = 0
+    flops: int = 0
+    backward_flops: int = 0
+    saved_bytes: int = 0  # of storages that the node made, and that are kept for backward
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass
+class Measurement:
+    """The cost of every node of a graph, the peak of its activations in bytes, and the node that ran at the peak."""
+
+    costs: dict[Key, Cost] = field(default_factory=lambda: defaultdict(Cost))
+    peak_bytes: int = 0
+    peak_at: str = ""
+
+    @property
+    def total(self) -> Cost:
+        return sum(self.costs.values(), Cost())
+
+
+def measure(module: fx.GraphModule) -> Measurement:
+    """Run `module` on fake tensors of the sizes that it was captured with. Raises what its operations raise there."""
+    meter = _Meter()
+    paths = {inner: path for path, inner in named_graph_modules(module)}
+    # A static size needs no symbols; PyTorch's own fake mode, with symbols in it, stays out of this.
+    with unset_fake_temporarily(), FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(False):
+        inputs = [_concrete(value_of(node)) for node in module.graph.find_nodes(op="placeholder")]
+        for value in inputs:
+            meter.ignore(value)
+        training = any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs)
+        with torch.set_grad_enabled(training), meter:
+            with rematerializing():
+                results = _Interpreter(module, paths, meter).run(*inputs)
+            losses = _losses(results)
+            del results
+            meter.end_forward()
+            if losses:
+                torch.autograd.backward(losses, [torch.ones_like(loss) for loss in losses])
+    return meter.measurement
+
+
+def _concrete(value: Any) -> Any:
+    """A fake tensor, or a number, of the size that was captured."""
+    if not isinstance(value, torch.Tensor):
+        return _number(value) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+    sizes, strides = ([_number(n) for n in numbers] for numbers in (value.shape, value.stride()))
+    tensor = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    if value.requires_grad:
+        tensor.requires_grad_().register_post_accumulate_grad_hook(_release_gradient)
+    return tensor
+
+
+def _number(value: Any) -> Any:
+    return value if isinstance(value, int) else value.node.hint
+
+
+def _release_gradient(leaf: torch.Tensor) -> None:
+    leaf.grad = None
+
+
+def _losses(results: Any) -> list[torch.Tensor]:
+    """What backward starts from: the loss, or, in a graph that does not compute it, everything."""
+    found = [value for value in tree_leaves(results) if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+    return [value for value in found if value.ndim == 0] or found
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph and the graphs inside it, and tells the meter which node runs."""
+
+    def __init__(self, module: fx.GraphModule, paths: dict[fx.GraphModule, str], meter: _Meter):
+        super().__init__(module)
+        self.paths, self.meter, self.path = paths, meter, paths[module]
+
+    def run_node(self, n: fx.Node) -> Any:
+        around, self.meter.node = self.meter.node, (self.path, n.name)
+        result = super().run_node(n)
+        if n.op == "get_attr":
+            self.meter.ignore(result)
+        elif n.op.startswith("call"):
+            self.meter.claim(result)
+        self.meter.node = around
+        return result if n.users or n.op == "output" else None  # what nobody reads is not kept
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *operands = args
+            context = {"context_fn": body.meta[_SELECTIVE]} if _SELECTIVE in body.meta else {}
+            return checkpoint(self._runner(body), *operands, use_reentrant=False, preserve_rng_state=False, **context)
+        if target is torch.ops.higher_order.invoke_subgraph:
+            body, _, *operands = args
+            return self._runner(body)(*operands)
+        return super().call_function(target, args, kwargs)
+
+    def _runner(self, body: fx.GraphModule) -> Callable[..., Any]:
+        # A new interpreter each time, and none that is held on to: each keeps some values of its last run.
+        paths, meter = self.paths, self.meter
+        return lambda *operands: _Interpreter(body, paths, meter).run(*operands)
+
+
+_SELECTIVE = "_checkpoint_context_fn"
+
+
+class _Meter(TorchDispatchMode):
+    """Counts ATen calls for the node that runs, or whose gradient is computed, and follows what is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node: Key = ("", "")
+        self.measurement = Measurement()
+        self._in_backward = False
+        self._live_bytes = 0
+        self._alive: dict[int, _Storage] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.is_view:  # most calls
+            return result
+        results = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        if not _is_free(func):
+            self._count(func, args, kwargs, result, results)
+        for value in results:
+            self._follow(value)
+        return result
+
+    def _count(self, func: Any, args: Any, kwargs: Any, result: Any, results: list[torch.Tensor]) -> None:
+        cost = self.measurement.costs[self.node]
+        moved = sum(map(_num_bytes, results))
+        if func.overloadpacket in _GATHERING:
+            moved *= 2
+        else:
+            inputs = {id(v): v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)}
+            moved += sum(map(_num_bytes, inputs.values()))
+        formula = _FLOPS.get(func.overloadpacket)
+        flops = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+        if func is aten._to_copy.default and results[0].dtype != args[0].dtype:
+            cost.casts += 1
+        if self._in_backward:
+            cost.backward_launches += 1
+            cost.backward_bytes_moved += moved
+            cost.backward_flops += flops
+        else:
+            cost.launches += 1
+            cost.bytes_moved += moved
+            cost.flops += flops
+
+    def ignore(self, value: Any) -> None:
+        """Do not count a value that was there before."""
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf, size_bytes=0)
+
+    def _follow(self, value: torch.Tensor, size_bytes: int | None = None) -> None:
+        storage = value.untyped_storage()
+        key = id(storage)  # PyTorch keeps one Python object for each storage
+        if key in self._alive:
+            return
+        size_bytes = storage.nbytes() if size_bytes is None else size_bytes
+
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self._live_bytes -= size_bytes
+
+        self._alive[key] = _Storage(weakref.ref(storage, gone), size_bytes, self.node)
+        self._live_bytes += size_bytes
+        if self._live_bytes > self.measurement.peak_bytes:
+            self.measurement.peak_bytes = self._live_bytes
+            self.measurement.peak_at = self.node[1] + (" (backward)" if self._in_backward else "")
+
+    def claim(self, result: Any) -> None:
+        """Count what autograd will do for `result`, back to what other nodes have claimed, for the node that runs."""
+        pending = [value.grad_fn for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        while pending:
+            function = pending.pop()
+            # Noted on the function itself: to hold on to it would keep alive what it saves.
+            if function is None or "fxopt" in function.metadata or function.name().endswith("AccumulateGrad"):
+                continue
+            function.metadata["fxopt"] = True
+            function.register_prehook(self._starts(self.node))
+            pending += [following for following, _ in function.next_functions]
+
+    def _starts(self, node: Key) -> Callable[[Any], None]:
+        def start(_: Any) -> None:
+            self.node = node
+
+        return start
+
+    def end_forward(self) -> None:
+        self.node, self._in_backward = ("", ""), True
+        for storage in self._alive.values():
+            if storage.size_bytes:
+                self.measurement.costs[storage.made_by].saved_bytes += storage.size_bytes
+
+
+@dataclass(frozen=True)
+class _Storage:
+    alive: weakref.ref[Any]
+    size_bytes: int
+    made_by: Key
+
+
+def _is_free(func: Any) -> bool:
+    """Whether a call runs no kernel, such as an allocation that is left as it is."""
+    return func.overloadpacket in _FREE or func.namespace == "prim"
+
+
+def _num_bytes(value: torch.Tensor) -> int:
+    """The bytes that reading or writing a tensor moves; of an expanded one, those that there are."""
+    return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+
+
+def _loss_flops(hidden: Any, weight: Any, bias: Any, labels: Any, *rest: Any, out_val: Any = None) -> int:
+    """One product for the logits and one for each gradient, which the forward computes too. Every label counts."""
+    want_hidden, want_weight = rest[-3:-1] if rest[1] != "none" else (False, False)
+    return 2 * hidden.shape[0] * weight.numel() * (1 + want_hidden + want_weight)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, _like(key, query), _like(value, query)))
+
+
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, _like(key, query), _like(value, query)))
+
+
+def _like(shared: torch.Tensor, query: torch.Tensor) -> tuple[int, ...]:
+    """The shape of keys or values that several query heads share, as if each had its own."""
+    return (shared.shape[0], query.shape[1], *shared.shape[2:])
+
+
+_FREE = {
+    aten.detach, aten.alias, aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
+    aten.new_empty_strided, aten.lift_fresh, aten.sym_size, aten.sym_stride, aten.sym_numel,
+}  # fmt: skip
+_GATHERING = {aten.embedding, aten.index, aten.index_select, aten.gather}  # they read as much as they yield
+_FLOPS: dict[Any, Callable[..., Any]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.fxopt.linear_cross_entropy: _loss_flops,
+}

@@ -1,0 +1,30 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def in_bytes(number: float) -> str:
+    """Bytes with three digits: `33.6 MB`; decimal units, as memory is sold."""
+    return _scaled(number, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def in_flops(number: float) -> str:
+    return _scaled(number, ("", "k", "M", "G", "T", "P", "E")) + "FLOP"
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    size, index = abs(number), 0
+    while size >= 999.5 and index < len(units) - 1:
+        size, index = size / 1000, index + 1
+    digits = 0 if index == 0 or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{'-' * (number < 0)}{size:.{digits}f} {units[index]}".rstrip()
+
+
+def change(before: float, after: float) -> str:
+    """How `after` compares with `before`: `−42 %`."""
+    if before == after:
+        return "="
+    if before == 0:
+        return "new"
+    percent = 100 * (after - before) / before
+    return f"{percent:+.0f} %".replace("-", "−")

@@ -1,0 +1,312 @@
+"""From captured graphs to a `GraphDiff`: an observer of the passes, and what is made of what it saw."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx as nx
+from torch import fx
+
+from fxopt.inspection.align import align
+from fxopt.inspection.diff import Graph, Hunk, Miss, Node, Origin, Proof, Rewrite, Source, Stage
+from fxopt.inspection.fold import blocks_of, shape_of_node, without_index
+from fxopt.inspection.meter import Cost, Key, Measurement, measure
+from fxopt.rewrite.graph import SourceLine
+from fxopt.rewrite.match import NearMiss
+from fxopt.rewrite.pipeline import Change
+from fxopt.rewrite.report import GraphRecord
+from fxopt.rewrite.snapshot import NodeRow, snapshot
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A graph at one stage: its nodes, in the order in which they run, and what they cost."""
+
+    name: str
+    rows: tuple[NodeRow, ...]
+    measurement: Measurement | None
+
+
+class Recorder:
+    """Sees each graph before the passes, after each, and as it runs, and measures it where it changed."""
+
+    def __init__(self) -> None:
+        self.graphs: list[list[Seen]] = []
+        self.not_measured = ""
+
+    def __call__(self, name: str, module: fx.GraphModule) -> None:
+        if name == "captured":
+            self.graphs.append([])
+        stages = self.graphs[-1]
+        rows = _in_order(snapshot(module))
+        if stages and stages[-1].rows == rows:
+            measurement = stages[-1].measurement
+        else:
+            measurement = self._measured(module)
+        stages.append(Seen(name, rows, measurement))
+
+    def _measured(self, module: fx.GraphModule) -> Measurement | None:
+        try:
+            return measure(module)
+        except Exception as error:  # whatever an operation that depends on data says on fake tensors
+            self.not_measured = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+
+    def stages_of(self, record: GraphRecord) -> list[Seen]:
+        """What was seen of a graph of the report; only its start and end if nobody looked."""
+        ends = _in_order(record.before), _in_order(record.after)
+        for stages in self.graphs:
+            if (stages[0].rows, stages[-1].rows) == ends:
+                return stages
+        return [Seen("captured", ends[0], None), Seen("optimized", ends[1], None)]
+
+
+def graph_of(record: GraphRecord, stages: list[Seen], not_measured: str) -> Graph:
+    """A graph of the report, with everything that was seen of it."""
+    return _Builder(record, stages).graph(not_measured)
+
+
+def _in_order(rows: tuple[NodeRow, ...]) -> tuple[NodeRow, ...]:
+    """Rows in the order in which they run: those of an inner graph where it is called."""
+    by_graph: dict[str, list[NodeRow]] = {}
+    for row in rows:
+        by_graph.setdefault(row.graph, []).append(row)
+
+    def walk(path: str) -> Iterator[NodeRow]:
+        for row in by_graph.pop(path, []):
+            for name in row.input_nodes:
+                yield from walk(f"{path}.{name}" if path else name)
+            yield row
+
+    return tuple(walk("")) + tuple(row for rest in list(by_graph) for row in walk(rest))
+
+
+class _Builder:
+    """Numbers the nodes of all stages, and finds who made and removed them."""
+
+    def __init__(self, record: GraphRecord, stages: list[Seen]):
+        self.record, self.stages = record, stages
+        self.rows: dict[Key, NodeRow] = {}  # as each node was first seen
+        self.latest: dict[Key, NodeRow] = {}
+        self.present = [{(row.graph, row.name): row for row in stage.rows} for stage in stages]
+        for present in self.present:
+            for key, row in present.items():
+                self.rows.setdefault(key, row)
+                self.latest[key] = row
+        self.ids = {key: index for index, key in enumerate(self._ordered())}
+        self.stage_of_pass = {stage.name: index for index, stage in enumerate(stages)}
+        self.rewrites = tuple(self._rewrites())
+        self.nodes = tuple(self._node(key) for key in self.ids)
+
+    def graph(self, not_measured: str) -> Graph:
+        first, last = ([self.ids[key] for key in present] for present in (self.present[0], self.present[-1]))
+        hunks = self._hunks()
+        return Graph(
+            kind=self.record.kind,
+            frame=self.record.frame,
+            stages=tuple(self._stage(index) for index in range(len(self.stages))),
+            nodes=self.nodes,
+            before=tuple(first),
+            after=tuple(last),
+            aligned=tuple(self._aligned(hunks)),
+            rewrites=self.rewrites,
+            hunks=hunks,
+            blocks=blocks_of(self.nodes),
+            misses=tuple(self._misses()),
+            not_measured=not_measured if any(stage.measurement is None for stage in self.stages) else "",
+        )
+
+    def _ordered(self) -> list[Key]:
+        """All nodes in one order: each new one before the first node of its stage that was there already."""
+        ordered = list(self.present[0])
+        for earlier, present in zip(self.present, self.present[1:], strict=False):
+            if not present.keys() - earlier.keys():
+                continue
+            known, arrived = set(ordered), dict[Key | None, list[Key]]()
+            pending: list[Key] = []
+            for key in present:
+                if key in known:
+                    arrived.setdefault(key, []).extend(pending)
+                    pending = []
+                else:
+                    pending.append(key)
+            ordered = [item for key in ordered for item in (*arrived.get(key, ()), key)] + pending
+        return ordered
+
+    def _stage(self, index: int) -> Stage:
+        stage = self.stages[index]
+        record = next((record for record in self.record.passes if record.name == stage.name), None)
+        measured = stage.measurement
+        return Stage(
+            name=stage.name,
+            num_nodes=len(stage.rows),
+            num_rewrites=len(record.outcome.changes) if record else 0,
+            elapsed_ms=record.elapsed_ms if record else 0.0,
+            cost=measured.total if measured else None,
+            peak_bytes=measured.peak_bytes if measured else None,
+            peak_at=measured.peak_at if measured else "",
+        )
+
+    def _rewrites(self) -> Iterator[Rewrite]:
+        number = 0
+        for record in self.record.passes:
+            stage = self.stage_of_pass.get(record.name, len(self.stages) - 1)
+            for change in record.outcome.changes:
+                proof = change.proof and Proof(
+                    change.proof.original_error, change.proof.replacement_error, change.proof.num_inputs
+                )
+                yield Rewrite(
+                    number, stage, record.name, change.rule, change.op, change.source, change.module,
+                    self._known(change, change.removed), self._known(change, change.added), proof,
+                )  # fmt: skip
+                number += 1
+
+    def _known(self, change: Change, names: Iterable[str]) -> tuple[int, ...]:
+        """The numbers of nodes; one that came and went within a pass has none."""
+        return tuple(self.ids[change.graph, name] for name in names if (change.graph, name) in self.ids)
+
+    def _node(self, key: Key) -> Node:
+        row, latest, number = self.rows[key], self.latest[key], self.ids[key]
+        standing = [index for index, present in enumerate(self.present) if key in present]
+        made, gone = standing[0], standing[-1] + 1
+        removed = gone if gone < len(self.stages) else None
+        makers = [r.rule for r in self.rewrites if number in r.added and number not in r.removed]
+        removers = [r.rule for r in self.rewrites if number in r.removed and number not in r.added]
+        return Node(
+            id=number,
+            name=row.name,
+            graph=row.graph,
+            operation=latest.operation,
+            spelled=row.operation,
+            arguments=row.arguments,
+            shape=row.shape,
+            dtype=row.dtype,
+            size_bytes=row.size_bytes,
+            source=_source(row.source_line),
+            module=row.module,
+            made=made,
+            removed=removed,
+            made_by=Origin(self.stages[made].name, next(iter(makers), "")) if made else None,
+            removed_by=Origin(self.stages[gone].name, next(iter(removers), "")) if removed is not None else None,
+            reads=tuple(self._reads(key, standing)),
+            before=self._cost(key, 0) if made == 0 else None,
+            after=self._cost(key, -1) if removed is None else None,
+        )
+
+    def _reads(self, key: Key, standing: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        known = None
+        for index in standing:
+            names = self.present[index][key].input_nodes
+            nodes = tuple(self.ids[key[0], name] for name in names if (key[0], name) in self.ids)
+            if nodes != known:
+                known = nodes
+                yield index, nodes
+
+    def _cost(self, key: Key, stage: int) -> Cost | None:
+        measurement = self.stages[stage].measurement
+        return measurement.costs.get(key, Cost()) if measurement else None
+
+    def _misses(self) -> Iterator[Miss]:
+        for record in self.record.passes:
+            for miss in record.outcome.near_misses:
+                number = self._number_of(miss)
+                module = self.nodes[number].module if number is not None else ""
+                yield Miss(miss.rule, record.name, number, miss.source, module, miss.reason, refused=False)
+            for item in record.outcome.refused:
+                yield Miss(item.rule, record.name, None, item.source, item.module, item.reason, refused=True)
+
+    def _number_of(self, miss: NearMiss) -> int | None:
+        found = [key for key, row in self.rows.items() if row.name == miss.node and row.source == miss.source]
+        return self.ids[found[0]] if found else None
+
+    def _hunks(self) -> tuple[Hunk, ...]:
+        together = nx.Graph()
+        for rewrite in self.rewrites:
+            together.add_edges_from((("rewrite", rewrite.id), number) for number in (*rewrite.removed, *rewrite.added))
+        for node in self.nodes:
+            if node.removed is not None and node.removed_by is not None and not node.removed_by.rule:
+                together.add_node(node.id)
+                # What a pass without rules dropped together: a mask that nobody reads, with all that it is made of.
+                for source in node.reads_at(node.removed):
+                    if self.nodes[source].removed_by == node.removed_by:
+                        together.add_edge(node.id, source)
+            elif node.made and node.made_by is not None and not node.made_by.rule and node.removed is None:
+                together.add_node(node.id)
+        first: dict[object, int] = {}
+        hunks: list[Hunk] = []
+        groups = [sorted(n for n in group if isinstance(n, int)) for group in nx.connected_components(together)]
+        for numbers in sorted(group for group in groups if group):
+            nodes = [self.nodes[number] for number in numbers]
+            rewrites = tuple(r for r in self.rewrites if {*r.removed, *r.added} & set(numbers))
+            in_place = {n for r in rewrites for n in r.removed if n in r.added}
+            removed = [n for n in nodes if n.made == 0 and (n.removed is not None or n.id in in_place)]
+            added = [n for n in nodes if n.removed is None and (n.made > 0 or n.id in in_place)]
+            if not removed and not added:
+                continue  # came and went between two passes
+            steps = {n.removed_by.step for n in nodes if n.removed_by} | {n.made_by.step for n in nodes if n.made_by}
+            steps |= {r.step for r in rewrites}
+            rules = tuple(r.rule for r in rewrites)
+            like = first.setdefault((rules, *(tuple(map(shape_of_node, side)) for side in (removed, added))), len(hunks))
+            lead = next((n for n in (*added, *reversed(removed)) if n.source), nodes[-1])
+            hunks.append(
+                Hunk(
+                    index=len(hunks),
+                    like=like,
+                    rewrites=tuple(r.id for r in rewrites),
+                    steps=tuple(sorted(steps, key=lambda step: self.stage_of_pass.get(step, 0))),
+                    removed=tuple(n.id for n in removed),
+                    added=tuple(n.id for n in added),
+                    source=lead.source,
+                    module=lead.module,
+                    before=_sum(n.before for n in removed),
+                    after=_sum((n.after for n in added), where_empty=self.stages[-1].measurement is not None),
+                )
+            )
+        return tuple(hunks)
+
+    def _aligned(self, hunks: tuple[Hunk, ...]) -> Iterator[tuple[int, int, str]]:
+        """Nodes that stayed, then the results of rewrites, then nodes that are equal in structure to one that stayed."""
+        stayed = {n.id: n.id for n in self.nodes if n.made == 0 and n.removed is None}
+        rewritten = {
+            hunk.removed[-1]: hunk.added[-1]
+            for hunk in hunks
+            if hunk.removed and hunk.added and hunk.removed[-1] not in stayed
+        }
+        pairs = align(self._digraph(0), self._digraph(len(self.stages) - 1), {**stayed, **rewritten}.items())
+        for old in sorted(pairs):
+            how = "same" if old in stayed else "rewritten" if old in rewritten else "equal"
+            yield old, pairs[old], how
+
+    def _digraph(self, stage: int) -> nx.DiGraph:
+        graph = nx.DiGraph()
+        for node in self.nodes:
+            if node.stands_at(stage):
+                label = node.operation, node.dtype, node.shape, without_index(node.module), node.source
+                graph.add_node(node.id, label=label)
+        for node in list(graph):
+            for position, source in enumerate(self.nodes[node].reads_at(stage)):
+                graph.add_edge(source, node, position=position)
+        return graph
+
+
+def _sum(costs: Iterable[Cost | None], where_empty: bool = False) -> Cost | None:
+    known = [cost for cost in costs if cost is not None]
+    return sum(known, Cost()) if known or where_empty else None
+
+
+def _source(line: SourceLine | None) -> Source | None:
+    return line and Source(_portable(line.path), line.line, line.function, line.code)
+
+
+def _portable(path: str) -> str:
+    """A file's path without what is this machine's: from its package, or from the working directory."""
+    for root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"), os.getcwd()):
+        if Path(path).is_relative_to(root):
+            return Path(path).relative_to(root).as_posix()
+    _, installed, rest = path.rpartition("site-packages/")
+    return rest if installed else path
+

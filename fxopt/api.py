@@ -10,6 +10,7 @@ from torch import nn
 
 from fxopt.capture import Backend, OptimizedForward, Settings
 from fxopt.inspection.diff import GraphDiff
+from fxopt.inspection.inspector import inspect_model, inspect_optimized
 from fxopt.precision.annotate import annotate, policy_of
 from fxopt.precision.optimizer import Optimizer
 from fxopt.precision.optimizer import optimizer as _optimizer
@@ -21,6 +22,9 @@ from fxopt.verification import verify as _verify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PretrainedConfig
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -92,12 +96,49 @@ def verify(model: nn.Module, *batches: Mapping[str, Any]) -> Verification:
     return _verify(_optimized_forward(model), batches)
 
 
-def inspect(model: nn.Module) -> GraphDiff:
-    """The graphs of an optimized model before and after the passes, as data that can be printed and saved.
+def inspect(
+    model: nn.Module | PretrainedConfig | str | Path,
+    policy: str | Policy = "bf16",
+    *,
+    batch_size: int = 1,
+    sequence_length: int | None = None,
+    training: bool = True,
+    checkpointing: bool = False,
+    pipeline: Pipeline | None = None,
+    prove: bool = True,
+) -> GraphDiff:
+    """The graphs of a model before the passes, after each and after all, as data that can be printed and saved.
 
-    Raises ValueError if the model is not optimized, or has not run a training call yet.
+    Found on fake tensors: no weights are read, nothing is trained, and 70 billion parameters take less than a gigabyte.
+    An optimized model that has run shows the calls that it ran, and the options are its own.
+
+    Args:
+        model: a model, optimized or not; a configuration; or the name of one: a model on the Hub, a well-known model
+            such as "Llama-3.2-1B", a model type, a folder or a JSON file.
+        policy: the policy to inspect it under.
+        batch_size, sequence_length: of the call, in rows and tokens; 1 and 2048, or the most that the model takes.
+        training: whether to inspect the training call with its backward, or the loss of an evaluation.
+        checkpointing: whether activations are computed again in the backward.
+        pipeline: the passes to run; `fxopt.passes.pipelines.EXACT` if None.
+        prove: whether rewrites are proven, each distinct one once, on small real inputs.
+
+    Raises:
+        ValueError: an optimized model that has not run yet, a sequence that is too long, or no such model
+            (`UnknownModelError`).
+        PolicyError: the policy is unknown, or does not fit.
     """
-    return GraphDiff.of(report(model))
+    if isinstance(model, nn.Module) and (forward := _find_optimized_forward(model)) is not None:
+        return inspect_optimized(forward, prove)
+    return inspect_model(
+        model,
+        policy,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        training=training,
+        checkpointing=checkpointing,
+        pipeline=pipeline,
+        prove=prove,
+    )
 
 
 def optimizer(model: nn.Module, lr: float | torch.Tensor = 1e-3, **options: Any) -> Optimizer:
@@ -107,6 +148,13 @@ def optimizer(model: nn.Module, lr: float | torch.Tensor = 1e-3, **options: Any)
 
 def _optimized_forward(model: nn.Module) -> OptimizedForward:
     """The optimized forward of `model`, or of the one model that it wraps (PEFT, DDP, …)."""
+    forward = _find_optimized_forward(model)
+    if forward is None:
+        raise ValueError(f"this {type(model).__name__} is not optimized; call fxopt.optimize(model) first")
+    return forward
+
+
+def _find_optimized_forward(model: nn.Module) -> OptimizedForward | None:
     for module in model.modules():
         # accelerate wraps an instance's forward once more, and keeps the old one beside it.
         for forward in (module.__dict__.get("forward"), module.__dict__.get("_original_forward")):
@@ -114,4 +162,4 @@ def _optimized_forward(model: nn.Module) -> OptimizedForward:
                 forward = getattr(forward, "__wrapped__", None)
             if forward is not None:
                 return forward
-    raise ValueError(f"this {type(model).__name__} is not optimized; call fxopt.optimize(model) first")
+    return None

@@ -9,7 +9,12 @@ def in_bytes(number: float) -> str:
 
 
 def in_flops(number: float) -> str:
-    return _scaled(number, ("", "k", "M", "G", "T", "P", "E")) + "FLOP"
+    return _scaled(number, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def in_count(number: float) -> str:
+    """A count with three digits: `1.24 G`."""
+    return _scaled(number, ("", "k", "M", "G", "T"))
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:

@@ -1,25 +1,26 @@
-"""A graph diff for people: like a `git diff` of the model's graph, with sizes beside the lines."""
+"""A graph diff for a terminal: like a `git diff` of the model's own source, with the numbers beside the lines."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console, Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
-from fxopt.inspection.diff import GraphDiff, Hunk
-from fxopt.rewrite.report import GraphRecord
-from fxopt.rewrite.snapshot import NodeRow
+from fxopt.inspection.diff import Graph, GraphDiff, Hunk, Node, Source, Stage
+from fxopt.inspection.fold import without_index
+from fxopt.inspection.meter import Cost
+from fxopt.inspection.numbers import change, in_bytes, in_count
 
 WIDTH = 140
+CODE = 88  # columns for a line of source
+MOST_MISSES = 12  # printed; `to_dict` has all
 
 
 def rendered(diff: GraphDiff) -> RenderableType:
-    parts: list[RenderableType] = [Text(f"{diff.model}, policy {diff.policy}", style="bold")]
-    for index, graph in enumerate(diff.graphs):
-        parts.append(_headline(index, graph))
-        parts += [_hunk(hunk) for hunk in diff.hunks(graph)]
-    return Group(*parts)
+    return Group(*_parts(diff))
 
 
 def as_text(diff: GraphDiff) -> str:
@@ -29,35 +30,155 @@ def as_text(diff: GraphDiff) -> str:
     return capture.get()
 
 
-def as_html(diff: GraphDiff) -> str:
-    """A self-contained page. Everything that comes from the model is escaped."""
-    console = Console(width=WIDTH, file=io.StringIO(), record=True)
-    console.print(rendered(diff))
-    return console.export_html(inline_styles=True)
+def _parts(diff: GraphDiff) -> Iterator[RenderableType]:
+    yield Text(headline(diff), style="bold")
+    for number, graph in enumerate(diff.graphs):
+        if len(diff.graphs) > 1:
+            yield Text(f"\ngraph {number} of {len(diff.graphs)}", style="bold")
+        yield _totals(graph)
+        if graph.not_measured:
+            yield Text(f"costs are not known: {graph.not_measured}", style="yellow")
+        for hunks in graph.folded_hunks():
+            if hunks[0].rewrites:
+                yield from _hunk(graph, hunks)
+        yield from _bookkeeping(graph)
+        yield from _misses(graph)
+    for reason, count in diff.graph_breaks.items():
+        yield Text(f"graph break {count}× at {reason}", style="yellow")
+    for reason, count in diff.fallbacks.items():
+        yield Text(f"fell back {count}×: {reason}", style="yellow")
+    if not diff.graphs:
+        yield Text("no graph was captured", style="yellow")
 
 
-def _headline(index: int, graph: GraphRecord) -> Text:
-    before, after = (sum(row.size_bytes for row in side) for side in (graph.before, graph.after))
-    return Text(
-        f"\ngraph {index}: {len(graph.before)} → {len(graph.after)} operations, "
-        f"{_megabytes(before)} → {_megabytes(after)} of results",
-        style="bold",
-    )
+def headline(diff: GraphDiff) -> str:
+    """The model, the policy and the call, in one line."""
+    what = diff.conditions
+    call = "training" if what.training else "evaluation"
+    if what.checkpointing:
+        call += " with activation checkpointing"
+    sizes = f"{what.batch_size} × {what.sequence_length} tokens" if what.batch_size is not None else "no tokens"
+    parameters = f"{in_count(what.num_parameters)} parameters in {in_bytes(what.parameter_bytes)}"
+    return f"{diff.model}, policy {diff.policy}: {parameters}; {call}, {sizes}"
 
 
-def _hunk(hunk: Hunk) -> RenderableType:
-    times = f" × {hunk.count}" if hunk.count > 1 else ""
-    rules = f"  [{', '.join(hunk.rules)}]" if hunk.rules else ""
-    title = Text(f"\n@@ {hunk.module or 'the call'}{times}{rules}", style="cyan")
-    lines = [_line("-", row, "red") for row in hunk.removed] + [_line("+", row, "green") for row in hunk.added]
-    return Group(title, *lines)
+def _totals(graph: Graph) -> Table:
+    """A row for each stage that changed something, and what all of them together changed."""
+    measured = graph.stages[0].cost is not None
+    columns = ["rewrites", "nodes", *(["launches", "casts", "moved", "saved for backward", "peak"] if measured else [])]
+    table = Table("", *columns, box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    last: Stage | None = None
+    for stage in graph.stages:
+        if last is None or _numbers(stage) != _numbers(last) or stage.num_rewrites:
+            table.add_row(stage.name, str(stage.num_rewrites or ""), *_numbers(stage), style="" if last else "dim")
+        last = stage
+    first, final = graph.stages[0], graph.stages[-1]
+    pairs = [(first.num_nodes, final.num_nodes)]
+    if first.cost is not None and final.cost is not None:
+        pairs += [(launches(first.cost), launches(final.cost)), (first.cost.casts, final.cost.casts)]
+        pairs += [(moved(first.cost), moved(final.cost)), (first.cost.saved_bytes, final.cost.saved_bytes)]
+        pairs += [(first.peak_bytes or 0, final.peak_bytes or 0)]
+    table.add_row("", str(len(graph.rewrites)), *(change(*pair) for pair in pairs), style="bold")
+    return table
 
 
-def _line(sign: str, row: NodeRow, style: str) -> Text:
-    call = f"{row.operation}({', '.join(row.inputs)})"
-    text = f"{sign} {row.name} = {call}"
-    return Text(f"{text:<70} {row.value:<28} {row.source}"[:WIDTH], style=style, no_wrap=True, overflow="ellipsis")
+def _numbers(stage: Stage) -> list[str]:
+    if stage.cost is None:
+        return [str(stage.num_nodes)]
+    saved, peak = in_bytes(stage.cost.saved_bytes), in_bytes(stage.peak_bytes or 0)
+    return [str(stage.num_nodes), str(launches(stage.cost)), str(stage.cost.casts), in_bytes(moved(stage.cost)), saved, peak]
 
 
-def _megabytes(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.1f} MB"
+def launches(cost: Cost) -> int:
+    return cost.launches + cost.backward_launches
+
+
+def moved(cost: Cost) -> int:
+    return cost.bytes_moved + cost.backward_bytes_moved
+
+
+def _hunk(graph: Graph, hunks: list[Hunk]) -> Iterator[RenderableType]:
+    hunk = hunks[0]
+    modules = dict.fromkeys(without_index(item.module) for item in hunks)
+    where = f"{hunk.source.file}:{hunk.source.line} in {hunk.source.function}" if hunk.source else "the call"
+    times = f" × {len(hunks)}" if len(hunks) > 1 else ""
+    module = hunk.module if len(hunks) == 1 else ", ".join(modules)
+    yield Text(f"\n@@ {where} @@ {module or 'the call'}{times}", style="cyan", no_wrap=True, overflow="ellipsis")
+    yield Text("   " + "; ".join(_facts(graph, hunk, len(hunks))), style="dim", overflow="fold")
+    for source, nodes in _by_line([graph.nodes[number] for number in hunk.removed]):
+        yield _removed(source, nodes)
+    for number in hunk.added:
+        node = graph.nodes[number]
+        if node.operation != "getitem":  # one of an op's several results
+            yield _line("+", "", f"{node.operation}({_shortened(node.arguments)})", node.value, node.after, "green")
+
+
+def _facts(graph: Graph, hunk: Hunk, count: int) -> Iterator[str]:
+    yield ", ".join(hunk.steps)
+    if hunk.before is not None and hunk.after is not None:
+        yield f"launches {launches(hunk.before)} → {launches(hunk.after)}"
+        yield f"moved {in_bytes(moved(hunk.before))} → {in_bytes(moved(hunk.after))}"
+        saved = f"saved {in_bytes(hunk.before.saved_bytes)} → {in_bytes(hunk.after.saved_bytes)}"
+        less = count * (hunk.before.saved_bytes - hunk.after.saved_bytes)
+        yield f"{saved}, in all {in_bytes(abs(less))} {'less' if less > 0 else 'more'}" if less and count > 1 else saved
+    for number in hunk.rewrites:
+        proof = graph.rewrites[number].proof
+        if proof is not None:
+            yield f"{graph.rewrites[number].op} error {proof.original_error:.1e} → {proof.replacement_error:.1e}"
+
+
+def _by_line(nodes: Iterable[Node]) -> list[tuple[Source | None, list[Node]]]:
+    """Nodes by the line of source that they come from, in the order in which they run."""
+    lines: dict[Source | None, list[Node]] = {}
+    for node in nodes:
+        lines.setdefault(node.source, []).append(node)
+    return list(lines.items())
+
+
+def _removed(source: Source | None, nodes: list[Node]) -> Text:
+    costs = [node.before for node in nodes if node.before is not None]
+    cost = sum(costs, Cost()) if costs else None
+    if source is None:
+        return _line("-", "", ", ".join(node.spelled for node in nodes), nodes[-1].value, cost, "red")
+    return _line("-", str(source.line), source.code, nodes[-1].value, cost, "red")
+
+
+def _line(sign: str, number: str, code: str, value: str, cost: Cost | None, style: str) -> Text:
+    text = Text(f"{sign} {number:>4}  ", style=style, no_wrap=True, overflow="ellipsis")
+    text.append(f"{_shortened(code):<{CODE}} ", style=style)
+    text.append(f"{value:<27}", style="dim")
+    if cost is not None and cost.saved_bytes:
+        text.append(f" keeps {in_bytes(cost.saved_bytes)}", style="dim")
+    return text
+
+
+def _shortened(text: str) -> str:
+    text = text.replace("\n", " ")
+    return text if len(text) <= CODE else f"{text[: CODE - 1]}…"
+
+
+def _bookkeeping(graph: Graph) -> Iterator[RenderableType]:
+    rest = [hunk for hunk in graph.hunks if not hunk.rewrites]
+    if rest:
+        steps = dict.fromkeys(step for hunk in rest for step in hunk.steps)
+        removed, added = (sum(len(side) for side in sides) for sides in zip(*((h.removed, h.added) for h in rest), strict=True))
+        more = f", {added} came" if added else ""
+        yield Text(f"\n{removed} nodes that change no value went{more}: {', '.join(steps)}", style="dim")
+
+
+def _misses(graph: Graph) -> Iterator[RenderableType]:
+    counted: dict[tuple[bool, str, str, str], int] = {}
+    for miss in graph.misses:
+        key = miss.refused, miss.rule, miss.reason, miss.source
+        counted[key] = counted.get(key, 0) + 1
+    if counted:
+        yield Text("\nleft alone:")
+    for (refused, rule, reason, source), count in sorted(counted.items(), key=lambda item: -item[1])[:MOST_MISSES]:
+        what = "refused by the proof" if refused else "nearly"
+        yield Text(f"  {count}× {rule}, {what}: {reason}   {source}", style="yellow", overflow="fold")
+    if len(counted) > MOST_MISSES:
+        yield Text(f"  and {len(counted) - MOST_MISSES} more reasons; see .to_dict()", style="dim")
+
+

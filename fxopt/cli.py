@@ -1,0 +1,142 @@
+"""The `fxopt` command. A subcommand is a function that adds its parser, and one that runs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from fxopt.inspection.diff import GraphDiff
+
+FAILED, WRONG_USE = 1, 2  # exit codes
+FILE_WIDTH = 140
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, 1 where a condition of --fail-if holds, 2 where the command cannot be carried out."""
+    parser = argparse.ArgumentParser(prog="fxopt", description="See before you train.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_inspect, _add_diff):
+        add(commands)
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"fxopt {options.command}: {error}", file=sys.stderr)
+        return WRONG_USE
+    return code
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="what fxopt does to a model's graph, without weights and without a GPU",
+        description="Captures the model's graph on fake tensors and shows what each pass changes, what it saves, and "
+        "what was left alone and why.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model on the Hub, a folder, a config.json, or a model type")
+    parser.add_argument("--policy", default="bf16", help="the precision policy (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="ROWS", help="rows of the batch (%(default)s)")
+    parser.add_argument("--seq", type=int, metavar="TOKENS", help="tokens in each row (2048, or the model's most)")
+    parser.add_argument("--eval", action="store_true", help="the loss of an evaluation instead of a training step")
+    parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--no-proofs", action="store_true", help="trust the rules; a little faster")
+    for option, text in (
+        ("html", "write a page that opens from disk"),
+        ("json", "write everything, for `fxopt diff`"),
+        ("graphml", "write the graphs for networkx, Gephi, yEd"),
+        ("model-explorer", "write the graphs for Google's Model Explorer; FILE ends in .model-explorer.json"),
+    ):
+        parser.add_argument(f"--{option}", metavar="FILE", help=text)
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    for name in ("batch", "seq"):
+        if (size := getattr(options, name)) is not None and size < 1:
+            raise ValueError(f"--{name} is {size}; it takes a number from 1 on")
+    _quiet()
+    from fxopt.api import inspect
+    from fxopt.precision.policy import resolve
+
+    resolve(options.policy)  # before the model is looked for
+    diff = inspect(
+        options.model,
+        options.policy,
+        batch_size=options.batch,
+        sequence_length=options.seq,
+        training=not options.eval,
+        checkpointing=options.checkpointing,
+        prove=not options.no_proofs,
+    )
+    _print(diff)
+    for name in ("html", "json", "graphml", "model_explorer"):
+        if (path := getattr(options, name)) is not None:
+            print(f"wrote {diff.save(_with_ending(path, name))}")
+    return 0 if diff.graphs else FAILED
+
+
+def _with_ending(path: str, name: str) -> str:
+    ending = "." + name.replace("model_explorer", "model-explorer.json")
+    return path if path.endswith(ending) else path + ending
+
+
+def _add_diff(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diff",
+        help="compare two inspections",
+        description="Compares two files of `fxopt inspect MODEL --json FILE`: two policies, two versions of "
+        "transformers, before and after a change to a rule.",
+        epilog="Conditions: NAME < NUMBER on B's number, with <= > >= == != too and with units (20 GB); NAME > 5 %% on "
+        "the change from A to B. Names are those of the first column.",
+    )
+    parser.add_argument("before", metavar="A.json")
+    parser.add_argument("after", metavar="B.json")
+    parser.add_argument(
+        "--fail-if", action="append", default=[], metavar="CONDITION",
+        help="exit with 1 if it holds, such as 'fusions < 61'; may be given several times",
+    )  # fmt: skip
+    parser.set_defaults(run=_diff)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from fxopt.inspection.compare import Comparison, Condition
+    from fxopt.inspection.render_json import load
+
+    conditions = [Condition.parse(text) for text in options.fail_if]
+    before, after = load(options.before), load(options.after)
+    holding = [condition for condition in conditions if condition.holds(before.metrics, after.metrics)]
+    _print(Comparison(before, after))
+    for condition in holding:
+        print(f"fxopt diff: failed, since {condition.text} ({_values(condition.name, before, after)})", file=sys.stderr)
+    return FAILED if holding else 0
+
+
+def _values(name: str, before: GraphDiff, after: GraphDiff) -> str:
+    from fxopt.inspection.compare import shown
+
+    return f"A {shown(name, before.metrics.get(name, 0.0))}, B {shown(name, after.metrics.get(name, 0.0))}"
+
+
+def _print(what: Any) -> None:
+    """To the terminal as wide as it is; to a file or a pipe as wide as needed."""
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(what)
+
+
+def _quiet() -> None:
+    """Leave out what other libraries say while they are imported; errors stay."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

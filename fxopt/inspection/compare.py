@@ -1,0 +1,133 @@
+"""Two inspections compared: what `fxopt diff A.json B.json` shows, and the conditions that make it fail."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fxopt.inspection.align import align
+from fxopt.inspection.diff import Graph, GraphDiff, Node
+from fxopt.inspection.fold import without_index
+from fxopt.inspection.numbers import change, in_bytes, in_flops
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+}  # fmt: skip
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_CONDITION = re.compile(r"\s*(?P<name>[\w.]+)\s*(?P<operator><=|>=|==|!=|<|>)\s*(?P<number>-?[\d.]+)\s*(?P<unit>%|[kmgt]?b?)\s*", re.I)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on one number: `fusions < 61`, `peak_bytes > 20 GB`, or, on its change from A to B, `launches > 5 %`."""
+
+    text: str
+    name: str
+    operator: str
+    number: float
+    relative: bool
+
+    @staticmethod
+    def parse(text: str) -> Condition:
+        """Raises ValueError for what is no condition."""
+        found = _CONDITION.fullmatch(text)
+        if found is None or found["unit"].lower() not in {*_UNITS, "%"}:
+            raise ValueError(f"{text!r} is no condition; write for instance 'fusions < 61', 'peak_bytes > 20 GB', 'launches > 5 %'")
+        relative = found["unit"] == "%"
+        scale = 1.0 if relative else _UNITS[found["unit"].lower()]
+        return Condition(text, found["name"], found["operator"], float(found["number"]) * scale, relative)
+
+    def holds(self, before: dict[str, float], after: dict[str, float]) -> bool:
+        """Whether it holds in B. A rewrite that is not there counts as 0; ValueError for a name that nobody has."""
+        if self.name not in after and self.name not in before:
+            raise ValueError(f"there is no {self.name!r} to compare; there are: {', '.join(sorted({*before, *after}))}")
+        value = after.get(self.name, 0.0)
+        if self.relative:
+            known = before.get(self.name, 0.0)
+            value = 100 * (value - known) / known if known else 0.0 if value == known else 100.0
+        return _OPERATORS[self.operator](value, self.number)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between the optimized graphs of two inspections."""
+
+    before: GraphDiff
+    after: GraphDiff
+
+    def lost(self) -> Counter[str]:
+        """Nodes of A's optimized graphs that have no counterpart in B's: `operation  source`, and how often."""
+        return self._unpaired(self.before, self.after)
+
+    def gained(self) -> Counter[str]:
+        """The same the other way round."""
+        return self._unpaired(self.after, self.before)
+
+    @staticmethod
+    def _unpaired(one: GraphDiff, other: GraphDiff) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for number, graph in enumerate(one.graphs):
+            paired = align(_digraph(graph), _digraph(other.graphs[number])) if number < len(other.graphs) else {}
+            found.update(_described(graph.nodes[node]) for node in graph.after if node not in paired)
+        return found
+
+    def __rich__(self) -> RenderableType:
+        table = Table("", "A", "B", "", box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        first, second = self.before.metrics, self.after.metrics
+        for name in dict.fromkeys([*first, *second]):
+            one, two = first.get(name, 0.0), second.get(name, 0.0)
+            style = "dim" if one == two else ""
+            table.add_row(name, shown(name, one), shown(name, two), change(one, two), style=style)
+        parts: list[RenderableType] = [
+            Text(f"A: {_title(self.before)}\nB: {_title(self.after)}\n", style="bold"),
+            table,
+        ]
+        for title, sign, style, counted in (
+            ("\nin A's optimized graph, not in B's:", "-", "red", self.lost()),
+            ("\nin B's optimized graph, not in A's:", "+", "green", self.gained()),
+        ):
+            if counted:
+                parts.append(Text(title))
+                parts += [Text(f"{sign} {text}  × {count}", style=style) for text, count in counted.most_common(20)]
+        return Group(*parts)
+
+
+def shown(name: str, value: float) -> str:
+    """A metric as people read it."""
+    if "bytes" in name:
+        return in_bytes(value)
+    return in_flops(value) if name == "flops" else f"{value:.0f}"
+
+
+def _title(diff: GraphDiff) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in diff.conditions.versions.items())
+    return f"{diff.model}, policy {diff.policy}, {diff.conditions.batch_size} × {diff.conditions.sequence_length} ({versions})"
+
+
+def _described(node: Node) -> str:
+    place = f"  {node.source.place}" if node.source else ""
+    return f"{node.operation}  {node.value}  {without_index(node.module)}{place}"
+
+
+def _digraph(graph: Graph) -> Any:
+    """The optimized graph, with what makes nodes of two captures comparable: not their names, not their lines."""
+    stage, result = len(graph.stages) - 1, nx.DiGraph()
+    for number in graph.after:
+        node = graph.nodes[number]
+        label = node.operation, node.dtype, node.shape, node.module, node.source.code if node.source else ""
+        result.add_node(number, label=label)
+    for number in graph.after:
+        for position, source in enumerate(graph.nodes[number].reads_at(stage)):
+            result.add_edge(source, number, position=position)
+    return result

@@ -1,0 +1,68 @@
+"use strict";
+
+// Where everything stands: rows of two cells, before and after, under a header for each layer.
+
+const ROW = 24, HEAD = 34, MODULE = 20, GAP = 8, WIDTH = 380, MIDDLE = 120, MARGIN = 74;
+const LEFT_X = MARGIN, RIGHT_X = MARGIN + WIDTH + MIDDLE, TOTAL = RIGHT_X + WIDTH + MARGIN;
+
+function kindOf(node) {
+  if (node.made === 0) return node.removed === null ? "stays" : "gone";
+  return node.removed === null ? "came" : "passing"; // made by one pass and taken by a later one
+}
+
+// Blocks that are equal, together, in the order of the first of each.
+function folded(items) {
+  const groups = new Map();
+  for (const item of items) {
+    if (!groups.has(item.like)) groups.set(item.like, []);
+    groups.get(item.like).push(item);
+  }
+  return [...groups.values()];
+}
+
+function rowsOf(graph, view) {
+  const rows = [];
+  let y = 0;
+  const add = (row, height) => { rows.push({ ...row, y, height }); y += height; };
+  for (const blocks of folded(graph.blocks)) {
+    if (!blocks.some((block) => block.nodes.some((id) => kindOf(graph.nodes[id]) !== "passing"))) continue;
+    const split = view.unfolded || blocks.length === 1;
+    for (const group of split ? blocks.map((block) => [block]) : [blocks]) {
+      add({ kind: "head", block: group[0], group }, HEAD);
+      if (view.open.has(group[0].index)) {
+        for (const row of nodeRows(graph, group[0], view.overlaid)) add(row, row.kind === "module" ? MODULE : ROW);
+      }
+      y += GAP;
+    }
+  }
+  return { rows, height: y };
+}
+
+// The nodes of a layer, in order; what went stands beside what came.
+function nodeRows(graph, block, overlaid) {
+  const rows = [];
+  let gone = [], came = [], module = null;
+  const flush = () => {
+    if (overlaid) for (const id of [...gone, ...came]) rows.push({ kind: "node", left: id, right: null, block });
+    else {
+      for (let i = 0; i < Math.max(gone.length, came.length); i += 1) {
+        rows.push({ kind: "node", left: gone[i] ?? null, right: came[i] ?? null, block });
+      }
+    }
+    gone = []; came = [];
+  };
+  for (const id of block.nodes) {
+    const node = graph.nodes[id], kind = kindOf(node);
+    if (kind === "passing") continue;
+    if (node.module !== module && kind !== "came") {
+      flush();
+      module = node.module;
+      rows.push({ kind: "module", text: module, block });
+    }
+    if (kind === "gone") gone.push(id);
+    else if (kind === "came") came.push(id);
+    else { flush(); rows.push({ kind: "node", left: id, right: overlaid ? null : id, block }); }
+  }
+  flush();
+  return rows;
+}

@@ -22,13 +22,20 @@ def without_index(module: str) -> str:
 
 
 def blocks_of(nodes: Iterable[Node]) -> tuple[Block, ...]:
-    """`nodes`, which are in order, by layer, with equal layers told."""
-    by_path: dict[str, list[Node]] = {}
+    """`nodes`, which are in order, by layer, with equal layers told.
+
+    What is outside the layers is apart before and after each: a call starts with its tokens and ends with its loss.
+    """
+    by_place: dict[tuple[str, int], list[Node]] = {}
+    layers: dict[str, None] = {}
     for node in nodes:
-        by_path.setdefault(block_of(node.module), []).append(node)
+        path = block_of(node.module)
+        if _LAYER.match(node.module):
+            layers[path] = None
+        by_place.setdefault((path, 0 if path in layers else len(layers)), []).append(node)
     first: dict[Hashable, int] = {}
     blocks = []
-    for index, (path, members) in enumerate(by_path.items()):
+    for index, ((path, _), members) in enumerate(by_place.items()):
         signature = without_index(path), tuple(map(shape_of_node, members))
         like = first.setdefault(signature, index)
         blocks.append(Block(index, like, path, tuple(node.id for node in members)))

@@ -20,7 +20,7 @@ function folded(items) {
   return [...groups.values()];
 }
 
-function rowsOf(graph, view) {
+function rowsOf(graph, view, hunkByNode) {
   const rows = [];
   let y = 0;
   const add = (row, height) => { rows.push({ ...row, y, height }); y += height; };
@@ -30,7 +30,7 @@ function rowsOf(graph, view) {
     for (const group of split ? blocks.map((block) => [block]) : [blocks]) {
       add({ kind: "head", block: group[0], group }, HEAD);
       if (view.open.has(group[0].index)) {
-        for (const row of nodeRows(graph, group[0], view.overlaid)) add(row, row.kind === "module" ? MODULE : ROW);
+        for (const row of nodeRows(graph, group[0], view.overlaid, hunkByNode)) add(row, row.kind === "module" ? MODULE : ROW);
       }
       y += GAP;
     }
@@ -39,14 +39,15 @@ function rowsOf(graph, view) {
 }
 
 // The nodes of a layer, in order; what went stands beside what came.
-function nodeRows(graph, block, overlaid) {
+function nodeRows(graph, block, overlaid, hunkByNode) {
   const rows = [];
   let gone = [], came = [], module = null;
   const flush = () => {
     if (overlaid) for (const id of [...gone, ...came]) rows.push({ kind: "node", left: id, right: null, block });
     else {
-      for (let i = 0; i < Math.max(gone.length, came.length); i += 1) {
-        rows.push({ kind: "node", left: gone[i] ?? null, right: came[i] ?? null, block });
+      const right = beside(gone, came, hunkByNode);
+      for (let i = 0; i < Math.max(gone.length, right.length); i += 1) {
+        rows.push({ kind: "node", left: gone[i] ?? null, right: right[i] ?? null, block });
       }
     }
     gone = []; came = [];
@@ -65,4 +66,15 @@ function nodeRows(graph, block, overlaid) {
   }
   flush();
   return rows;
+}
+
+// What came, each beside the first that went for it, and never above what came before.
+function beside(gone, came, hunkByNode) {
+  const right = [];
+  for (const id of came) {
+    const first = gone.findIndex((other) => hunkByNode.get(other) === hunkByNode.get(id));
+    while (right.length < first) right.push(null);
+    right.push(id);
+  }
+  return right;
 }

@@ -256,7 +256,7 @@ function costTable(path, ...sides) {
 function nodeTable(nodes, sign) {
   return element("table", {}, ...nodes.map((node) => element("tr", {}, element("td", {}, sign),
     element("td", { class: "wide mono" }, element("button", { class: "mono", onclick: () => choose("node", node.id, false) }, sign === "−" ? node.spelled : node.operation)),
-    element("td", { class: "mono" }, valueOf(node)), element("td", {}, shown(data, [key("nodes", node.id, "size_bytes")], "bytes")))));
+    element("td", { class: "mono value" }, valueOf(node)), element("td", {}, shown(data, [key("nodes", node.id, "size_bytes")], "bytes")))));
 }
 
 function nodeDetails(index) {
@@ -307,7 +307,7 @@ function show(id) {
     block = graph.blocks[block.like];
   }
   view.open.add(block.index);
-  layout = rowsOf(graph, view);
+  layout = rowsOf(graph, view, hunkByNode);
   const row = layout.rows.find((one) => one.left === target || one.right === target);
   if (!row) return;
   const { height } = $("canvas").getBoundingClientRect();
@@ -327,7 +327,7 @@ function step(direction) {
 // The graph: only the rows in sight are in the document --------------------------------------------------------------------
 
 function redraw() {
-  layout = rowsOf(graph, view);
+  layout = rowsOf(graph, view, hunkByNode);
   drawn = null;
   draw();
 }
@@ -382,7 +382,7 @@ function head(row, coarse) {
   if (!coarse) {
     const saved = (side) => row.block.nodes.reduce((sum, id) => sum + (graph.nodes[id][side]?.saved_bytes ?? 0), 0);
     const before = counted(["stays", "gone"]), after = counted(["stays", "came"]);
-    const keeps = measured() && !view.overlaid ? `   keeps ${FORMATS.bytes(saved("before"))} → ${FORMATS.bytes(saved("after"))}` : "";
+    const keeps = measured() && !view.overlaid ? ` · keeps ${FORMATS.bytes(saved("before"))} → ${FORMATS.bytes(saved("after"))}` : "";
     group.append(shape("text", { x: LEFT_X + width - 6, y, class: "dim", "text-anchor": "end" }, `${before} → ${after} operations${keeps}`));
   }
   const toggle = () => { if (open) view.open.delete(row.block.index); else view.open.add(row.block.index); redraw(); };
@@ -403,8 +403,9 @@ function cell(row, side, coarse) {
   if (cost?.saved_bytes) group.append(shape("rect", { x: x + 2, y: row.y + ROW - 5, width: Math.max(2, (WIDTH - 4) * Math.sqrt(cost.saved_bytes / largestSaved)), height: 2.5, class: "keeps" }));
   if (!coarse) {
     const name = side === "left" && kind !== "came" ? node.spelled : node.operation;
-    group.append(shape("text", { x: x + 9, y: row.y + ROW / 2 - 1 }, short(name, 27)));
-    group.append(shape("text", { x: x + WIDTH - 9, y: row.y + ROW / 2 - 1, class: "dim", "text-anchor": "end" }, short(valueOf(node), 24)));
+    const value = short(valueOf(node), 32);
+    group.append(shape("text", { x: x + 9, y: row.y + ROW / 2 - 1 }, short(name, 48 - value.length)));
+    group.append(shape("text", { x: x + WIDTH - 9, y: row.y + ROW / 2 - 1, class: "dim", "text-anchor": "end" }, value));
   }
   group.addEventListener("click", () => (hunk?.rewrites.length ? choose("hunk", hunk.index, false) : choose("node", id, false)));
   return group;

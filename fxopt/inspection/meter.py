@@ -24,12 +24,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+import fxopt.kernels.linear_cross_entropy  # noqa: F401 — registers the op
 from fxopt.rematerialize import rematerializing
 from fxopt.rewrite.graph import named_graph_modules, value_of
 
 aten = torch.ops.aten
 
 Key = tuple[str, str]  # the path of a graph, and the name of a node in it
+OUTSIDE: Key = ("", "")
 
 
 @dataclass
@@ -64,15 +66,14 @@ class Measurement:
 
 def measure(module: fx.GraphModule) -> Measurement:
     """Run `module` on fake tensors of the sizes that it was captured with. Raises what its operations raise there."""
-    meter = _Meter()
+    meter, grad_enabled = _Meter(), torch.is_grad_enabled()
     paths = {inner: path for path, inner in named_graph_modules(module)}
     # A static size needs no symbols; PyTorch's own fake mode, with symbols in it, stays out of this.
     with unset_fake_temporarily(), FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(False):
         inputs = [_concrete(value_of(node)) for node in module.graph.find_nodes(op="placeholder")]
         for value in inputs:
             meter.ignore(value)
-        training = any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs)
-        with torch.set_grad_enabled(training), meter:
+        with torch.set_grad_enabled(grad_enabled), meter:
             with rematerializing():
                 results = _Interpreter(module, paths, meter).run(*inputs)
             losses = _losses(results)
@@ -80,6 +81,7 @@ def measure(module: fx.GraphModule) -> Measurement:
             meter.end_forward()
             if losses:
                 torch.autograd.backward(losses, [torch.ones_like(loss) for loss in losses])
+    meter.measurement.costs.pop(OUTSIDE, None)  # the ones that backward starts from
     return meter.measurement
 
 
@@ -149,7 +151,7 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.node: Key = ("", "")
+        self.node = OUTSIDE
         self.measurement = Measurement()
         self._in_backward = False
         self._live_bytes = 0
@@ -232,7 +234,7 @@ class _Meter(TorchDispatchMode):
         return start
 
     def end_forward(self) -> None:
-        self.node, self._in_backward = ("", ""), True
+        self.node, self._in_backward = OUTSIDE, True
         for storage in self._alive.values():
             if storage.size_bytes:
                 self.measurement.costs[storage.made_by].saved_bytes += storage.size_bytes

@@ -32,4 +32,5 @@ def change(before: float, after: float) -> str:
     if before == 0:
         return "new"
     percent = 100 * (after - before) / before
-    return f"{percent:+.0f} %".replace("-", "−")
+    digits = 1 if 99 <= abs(percent) < 100 else 0  # −99.5 % is not −100 %
+    return f"{percent:+.{digits}f} %".replace("-", "−")

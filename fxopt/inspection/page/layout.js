@@ -43,7 +43,7 @@ function nodeRows(graph, block, overlaid, hunkByNode) {
   const rows = [];
   let gone = [], came = [], module = null;
   const flush = () => {
-    if (overlaid) for (const id of [...gone, ...came]) rows.push({ kind: "node", left: id, right: null, block });
+    if (overlaid) for (const id of after(gone, came, hunkByNode)) rows.push({ kind: "node", left: id, right: null, block });
     else {
       const right = beside(gone, came, hunkByNode);
       for (let i = 0; i < Math.max(gone.length, right.length); i += 1) {
@@ -77,4 +77,17 @@ function beside(gone, came, hunkByNode) {
     right.push(id);
   }
   return right;
+}
+
+// What came, each after the last that went for it.
+function after(gone, came, hunkByNode) {
+  const left = new Set(came);
+  const ordered = gone.flatMap((id, index) => {
+    const hunk = hunkByNode.get(id);
+    if (gone.slice(index + 1).some((other) => hunkByNode.get(other) === hunk)) return [id];
+    const followers = came.filter((other) => left.has(other) && hunk && hunkByNode.get(other) === hunk);
+    followers.forEach((other) => left.delete(other));
+    return [id, ...followers];
+  });
+  return [...ordered, ...left];
 }

@@ -21,7 +21,8 @@ function percent(before, after) {
   if (before === after) return "=";
   if (before === 0) return "new";
   const change = (100 * (after - before)) / before;
-  return `${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(0)} %`;
+  const digits = Math.abs(change) >= 99 && Math.abs(change) < 100 ? 1 : 0; // −99.5 % is not −100 %
+  return `${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(digits)} %`;
 }
 
 // An element that shows a number of the data. It tells which: `keys` are paths into the data, whose values are added.

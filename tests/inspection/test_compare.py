@@ -1,0 +1,70 @@
+"""`fxopt diff`: what differs between two inspections, and when it fails."""
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from transformers import LlamaConfig
+
+import fxopt
+from fxopt.inspection.compare import Comparison, Condition
+from fxopt.inspection.diff import GraphDiff
+from fxopt.passes.pipelines import EXACT
+from tests.tiny_models import SIZES
+
+
+@pytest.fixture(scope="module")
+def without_rope() -> GraphDiff:
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 4})
+    return fxopt.inspect(config, batch_size=2, sequence_length=33, pipeline=EXACT.without("fuse_rope"), prove=False)
+
+
+def test_equal_inspections_do_not_differ(diff):
+    comparison = Comparison(diff, diff)
+    assert not comparison.lost() and not comparison.gained()
+
+
+def test_a_rule_that_is_missing_is_seen(diff, without_rope):
+    comparison = Comparison(diff, without_rope)
+    assert {text.split()[0] for text in comparison.lost()} == {"rope"}
+    assert sum(comparison.lost().values()) == 8
+    assert {"neg", "cat"} <= {text.split()[0] for text in comparison.gained()}
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(comparison)
+    assert "rope" in capture.get() and "−100 %" in capture.get()
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("fusions < 61", True), ("fusions<=2", False), ("fusions > 5 %", False), ("fusions < -5%", True),
+        ("rope == 0", True), ("rope != 0", False), ("peak_bytes > 20 GB", False), ("saved_bytes > 1 kB", True),
+        ("launches > 5 %", True), ("refused > 0", False),
+    ],
+)  # fmt: skip
+def test_conditions(diff, without_rope, text, holds):
+    assert Condition.parse(text).holds(diff.metrics, without_rope.metrics) is holds
+
+
+@pytest.mark.parametrize("text", ["fusions", "fusions < ", "fusions ~ 3", "fusions < 3 apples", "< 3"])
+def test_what_is_no_condition(text):
+    with pytest.raises(ValueError, match="is no condition"):
+        Condition.parse(text)
+
+
+def test_a_condition_on_nothing_known(diff):
+    with pytest.raises(ValueError, match=r"no 'fusion' to compare; there are: .*fusions"):
+        Condition.parse("fusion < 3").holds(diff.metrics, diff.metrics)
+
+
+def test_an_unmeasured_number_is_no_zero(diff):
+    unmeasured = replace(
+        diff,
+        graphs=tuple(
+            replace(graph, stages=tuple(replace(stage, cost=None, peak_bytes=None) for stage in graph.stages))
+            for graph in diff.graphs
+        ),
+    )
+    with pytest.raises(ValueError, match="peak_bytes"):
+        Condition.parse("peak_bytes > 1 GB").holds(unmeasured.metrics, unmeasured.metrics)

@@ -1,0 +1,80 @@
+"""Models from names: well-known, on disk, misspelt, and without internet."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import fxopt
+from fxopt.inspection.configurations import UnknownModelError, configuration_of, nearest_names, well_known_names
+from tests.tiny_models import SIZES
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("google/gemma-2-2b", 2_614_341_888),
+        ("google/gemma-3-1b-pt", 999_885_952),
+        ("mistralai/Mistral-7B-v0.3", 7_248_023_552),
+    ],
+)
+def test_well_known_models_have_the_parameters_that_their_cards_say(name, num_parameters):
+    import torch
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(configuration_of(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+
+
+def test_every_well_known_configuration_loads():
+    for name in well_known_names():
+        assert configuration_of(name).vocab_size > 0
+
+
+def test_a_folder_a_file_and_a_model_type(tmp_path):
+    fields = {"model_type": "llama", **SIZES}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for place in (tmp_path, str(tmp_path), tmp_path / "config.json"):
+        assert configuration_of(place).hidden_size == SIZES["hidden_size"]
+    assert fxopt.inspect(str(tmp_path), sequence_length=17, prove=False).model == "LlamaForCausalLM"
+    assert configuration_of("qwen3").model_type == "qwen3"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Llama-3.2-1C", "nearest: meta-llama/Llama-3.2-1B"),
+        ("smollm2-135", "nearest: HuggingFaceTB/SmolLM2-135M"),
+        ("qwn3", "nearest: qwen3"),
+        ("zzzzzzzz", "without internet: HuggingFaceTB/SmolLM2-135M"),
+        ("nowhere/config.json", "no such file"),
+    ],
+)
+def test_a_misspelt_model(name, message):
+    with pytest.raises(UnknownModelError, match=message):
+        configuration_of(name)
+
+
+def test_a_file_that_is_no_configuration(tmp_path):
+    path = tmp_path / "config.json"
+    for text, message in (("{", "is not JSON"), ("[]", "no fields"), ('{"model_type": "lama"}', "nearest: 'llama'")):
+        path.write_text(text)
+        with pytest.raises(UnknownModelError, match=message):
+            configuration_of(path)
+
+
+def test_no_internet(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UnknownModelError, match=r"cannot be had: .*nearest: meta-llama/Llama-3.2-1B"):
+        configuration_of("metallama/Llama-3.2-1B-Instructed")
+
+
+def test_nearest_names():
+    assert nearest_names("meta-lama/Llama-3.2-1B")[0] == "meta-llama/Llama-3.2-1B"
+    assert nearest_names("zzzzzzzzz") == []

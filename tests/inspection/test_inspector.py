@@ -1,0 +1,217 @@
+"""What `fxopt.inspect` finds: the same as a real run, for a configuration, a model and an optimized model."""
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import fxopt
+from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm, tiny_config
+from fxopt.inspection.diff import GraphDiff
+from fxopt.inspection.meter import Cost
+from tests.tiny_models import LLAMA_HITS, SIZES, tiny_batch, tiny_llama
+
+KINDS = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3", "olmo2", "stablelm", "mixtral")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_gives_the_rewrites_of_a_real_run(kind):
+    found = fxopt.inspect(tiny_config(kind), "bf16", batch_size=2, sequence_length=17)
+    model = fxopt.optimize(tiny_causal_lm(kind), "bf16")
+    batch = batch_for(model)
+    del batch["attention_mask"]
+    model(**batch)
+    assert found.hits == fxopt.report(model).hits
+    assert all(graph.not_measured == "" for graph in found.graphs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rewrite_leads_to_a_line_of_source(kind):
+    found = fxopt.inspect(tiny_config(kind), "bf16", batch_size=2, sequence_length=17, prove=False)
+    rewrites = [(graph, rewrite) for graph in found.graphs for rewrite in graph.rewrites]
+    assert rewrites
+    for graph, rewrite in rewrites:
+        assert rewrite.removed, rewrite
+        nodes = [graph.nodes[number] for number in (*rewrite.removed, *rewrite.added)]
+        assert all(node.source is not None for node in nodes), rewrite
+        for source in {node.source for node in nodes}:
+            assert _line(source.file, source.line).strip() == source.code
+        assert rewrite.source.split(": ")[0] in {node.source.place for node in nodes}
+
+
+def _line(file: str, line: int) -> str:
+    package, _, rest = file.partition("/")
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return (Path(spec.submodule_search_locations[0]) / rest).read_text().splitlines()[line - 1]
+
+
+def test_an_optimized_model_shows_the_calls_that_it_ran():
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model(**tiny_batch(padding=3))
+    model(**tiny_batch())
+    diff = fxopt.inspect(model)
+    assert len(diff.graphs) == len(fxopt.report(model).graphs) == 2
+    assert (diff.conditions.batch_size, diff.conditions.sequence_length) == (3, 17)
+    assert {name: count for name, count in diff.hits.items() if name != "causal_attention"} == {
+        name: 2 * count for name, count in LLAMA_HITS.items() if name != "causal_attention"
+    }
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert fxopt.report(model).hits == LLAMA_HITS  # and the model is as it was
+    assert len(fxopt.report(model).graphs) == 2
+
+
+def test_an_optimized_model_that_has_not_run():
+    with pytest.raises(ValueError, match="call it once with labels"):
+        fxopt.inspect(fxopt.optimize(tiny_llama(), "bf16"))
+
+
+def test_a_model_that_is_not_optimized():
+    model = tiny_llama()
+    assert fxopt.inspect(model, "bf16", sequence_length=17).hits == LLAMA_HITS
+    assert model.dtype == torch.float32 and "forward" not in vars(model)
+
+
+def test_evaluation_saves_nothing():
+    (graph,) = fxopt.inspect(LlamaConfig(**SIZES), training=False, sequence_length=17).graphs
+    assert graph.stages[0].cost.backward_launches == graph.stages[0].cost.saved_bytes == 0
+    assert graph.stages[0].cost.launches > 0
+
+
+def test_checkpointing_saves_less_and_computes_more():
+    plain, checkpointed = (
+        fxopt.inspect(LlamaConfig(**SIZES), sequence_length=64, checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+    assert checkpointed.conditions.checkpointing and not plain.conditions.checkpointing
+    assert plain.hits["rope"] == checkpointed.hits["rope"] == 4
+    (graph,) = checkpointed.graphs
+    assert {node.graph for node in graph.nodes if node.module.startswith("model.layers.0")} > {""}
+    for stage, other in ((0, 0), (-1, -1)):
+        assert checkpointed.graphs[0].stages[stage].cost.saved_bytes < plain.graphs[0].stages[other].cost.saved_bytes
+        assert checkpointed.graphs[0].stages[stage].cost.backward_flops > plain.graphs[0].stages[other].cost.backward_flops
+
+
+def test_a_graph_break_is_told():
+    class Talkative(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_llama()
+
+        def forward(self, input_ids, labels=None):
+            torch._dynamo.graph_break()
+            return self.inner(input_ids=input_ids, labels=labels, use_cache=False)
+
+    model = fxopt.optimize(Talkative(), "bf16")
+    batch = tiny_batch()
+    model(input_ids=batch["input_ids"], labels=batch["labels"])
+    diff = fxopt.inspect(model)
+    assert any("graph_break" in reason or "Graph break" in reason for reason in diff.graph_breaks), diff.graph_breaks
+    assert diff.hits == fxopt.report(model).hits
+
+
+def test_code_that_looks_at_values_is_shown_from_the_real_run():
+    class Curious(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_llama()
+
+        def forward(self, input_ids, labels=None):
+            if bool((input_ids >= 0).all()):
+                input_ids = input_ids + 0
+            return self.inner(input_ids=input_ids, labels=labels, use_cache=False)
+
+    model = fxopt.optimize(Curious(), "bf16")
+    batch = tiny_batch()
+    model(input_ids=batch["input_ids"], labels=batch["labels"])
+    diff = fxopt.inspect(model)
+    assert diff.hits == fxopt.report(model).hits
+    assert any(graph.not_measured for graph in diff.graphs)
+    assert "costs are not known" in str(diff)
+
+
+def test_a_sequence_that_is_too_long():
+    with pytest.raises(ValueError, match="takes 64 at most"):
+        fxopt.inspect(LlamaConfig(**SIZES | {"max_position_embeddings": 64}), sequence_length=65)
+
+
+# The data ------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_are_the_passes_and_their_nodes_stand_in_them(diff: GraphDiff):
+    (graph,) = diff.graphs
+    names = [stage.name for stage in graph.stages]
+    assert names[0] == "captured" and names[-2:] == ["cleanup", "defer_logits"]
+    for index, stage in enumerate(graph.stages):
+        standing = [node for node in graph.nodes if node.stands_at(index)]
+        assert len(standing) == stage.num_nodes
+        for node in standing:
+            assert all(graph.nodes[source].stands_at(index) for source in node.reads_at(index)), (node, stage.name)
+    assert [node.id for node in graph.nodes] == list(range(len(graph.nodes)))
+
+
+def test_costs_of_nodes_add_up_to_those_of_their_stage(diff: GraphDiff):
+    (graph,) = diff.graphs
+    for stage, ids, side in ((graph.stages[0], graph.before, "before"), (graph.stages[-1], graph.after, "after")):
+        total = sum((getattr(graph.nodes[number], side) for number in ids), Cost())
+        assert total == stage.cost
+
+
+def test_every_node_that_went_or_came_is_in_one_hunk(diff: GraphDiff):
+    (graph,) = diff.graphs
+    removed = [number for hunk in graph.hunks for number in hunk.removed]
+    added = [number for hunk in graph.hunks for number in hunk.added]
+    assert len(removed) == len(set(removed)) and len(added) == len(set(added))
+    assert set(removed) >= set(graph.before) - set(graph.after)
+    assert set(added) >= set(graph.after) - set(graph.before)
+    assert sorted(rewrite for hunk in graph.hunks for rewrite in hunk.rewrites) == [r.id for r in graph.rewrites]
+
+
+def test_layers_are_folded(diff: GraphDiff):
+    (graph,) = diff.graphs
+    folded = {blocks[0].path: len(blocks) for blocks in graph.folded_blocks()}
+    assert folded["model.layers.0"] == 1 and folded["model.layers.1"] == 3  # the first one's norm follows no sum
+    assert sum(len(block.nodes) for block in graph.blocks) == len(graph.nodes)
+
+
+def test_before_and_after_are_aligned(diff: GraphDiff):
+    (graph,) = diff.graphs
+    pairs = {old: (new, how) for old, new, how in graph.aligned}
+    for number in set(graph.before) & set(graph.after):
+        assert pairs[number] == (number, "same")
+    for hunk in graph.hunks:
+        if hunk.rewrites and hunk.removed and hunk.added and hunk.removed[-1] not in graph.after:
+            assert pairs[hunk.removed[-1]] == (hunk.added[-1], "rewritten")
+
+
+def test_what_is_kept_for_backward_is_what_autograd_keeps():
+    """Beside PyTorch's own hooks, in a graph that no pass has changed."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    config = LlamaConfig(**SIZES)
+    (graph,) = fxopt.inspect(config, "fp32", batch_size=2, sequence_length=64, prove=False).graphs
+    model = tiny_llama()
+    parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    mask = torch.ones(64, 64, dtype=torch.bool).tril()[None, None].expand(2, 1, 64, 64)  # as Dynamo has it
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, attention_mask=mask.clone(), use_cache=False)
+    assert graph.stages[0].cost.saved_bytes == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+def test_a_diff_can_be_copied_and_compared(diff: GraphDiff):
+    assert copy.deepcopy(diff) == diff

@@ -1,0 +1,120 @@
+"""A graph diff as JSON, text, GraphML, Model Explorer's JSON and structured trace."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+from fxopt.inspection.diff import GraphDiff
+from fxopt.inspection.numbers import change, in_bytes, in_flops
+from fxopt.inspection.render_html import inert
+from fxopt.inspection.render_json import load
+
+
+def test_json_and_back(diff: GraphDiff, tmp_path):
+    path = diff.save(tmp_path / "diff.json")
+    assert load(path) == diff
+    data = json.loads(path.read_text())
+    assert (data["schema"], data["version"]) == ("fxopt.graph_diff", 1)
+    assert data["metrics"] == diff.metrics
+
+
+def test_json_of_a_later_fxopt(diff: GraphDiff, tmp_path):
+    path = tmp_path / "diff.json"
+    data = diff.to_dict()
+    data["graphs"][0]["nodes"][0]["mood"] = "a field that version 1 got later"
+    path.write_text(json.dumps(data))
+    assert load(path) == diff
+    path.write_text(json.dumps({**data, "version": 2}))
+    with pytest.raises(ValueError, match="update fxopt"):
+        load(path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("{}", "holds no graph diff")])
+def test_a_file_that_is_no_diff(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_text_reads_like_a_diff_of_the_model_s_source(diff: GraphDiff):
+    text = str(diff)
+    assert "@@ transformers/models/llama/modeling_llama.py" in text and "× 4" in text
+    lines = text.splitlines()
+    assert any(line.startswith("- ") and "variance = hidden_states.pow(2).mean(-1, keepdim=True)" in line for line in lines)
+    assert any(line.startswith("+ ") and "swiglu(" in line for line in lines)
+    (graph,) = diff.graphs
+    assert any("captured" in line and str(graph.stages[0].num_nodes) in line.split() for line in lines)
+    assert in_bytes(graph.stages[-1].peak_bytes) in text
+
+
+def test_graphml(diff: GraphDiff, tmp_path):
+    graph = nx.read_graphml(diff.save(tmp_path / "diff.graphml"))
+    (original,) = diff.graphs
+    assert len(graph) == len(original.nodes)
+    assert {data.get("made_by") for _, data in graph.nodes(data=True)} >= {"fuse_rope FuseRoPE"}
+
+
+def test_model_explorer(diff: GraphDiff, tmp_path):
+    (collection,) = json.loads(diff.save(tmp_path / "a.model-explorer.json").read_text())
+    (graph,) = diff.graphs
+    for drawn, ids in zip(collection["graphs"], (graph.before, graph.after), strict=True):
+        known = {node["id"] for node in drawn["nodes"]}
+        assert known == {str(number) for number in ids}
+        assert {edge["sourceNodeId"] for node in drawn["nodes"] for edge in node["incomingEdges"]} <= known
+    assert "model/layers/0/mlp" in {node["namespace"] for node in collection["graphs"][1]["nodes"]}
+
+
+def test_an_unknown_ending(diff: GraphDiff, tmp_path):
+    with pytest.raises(ValueError, match=r"\.html"):
+        diff.save(tmp_path / "diff.pdf")
+
+
+def test_control_characters_are_not_xml(diff: GraphDiff, tmp_path):
+    path = replace(diff, model="a\x00b\ud800").save(tmp_path / "diff.graphml")
+    assert len(nx.read_graphml(io.BytesIO(path.read_bytes()))) == len(diff.graphs[0].nodes)
+
+
+def test_embedded_json_cannot_end_its_block():
+    text = json.dumps({"a": "</script><script>alert(1)</script><!-- & \u2028"}, ensure_ascii=False)
+    assert not set("<>&\u2028") & set(inert(text))
+    assert json.loads(inert(text)) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (33_554_432, "33.6 MB"), (999_960, "1.00 MB"), (2.4716e9, "2.47 GB")],
+)
+def test_bytes(number, text):
+    assert in_bytes(number) == text
+
+
+def test_numbers():
+    assert in_flops(17.1e12) == "17.1 TFLOP"
+    assert [change(*pair) for pair in ((2, 1), (1, 2), (3, 3), (0, 1), (649, 3))] == ["−50 %", "+100 %", "=", "new", "−99.5 %"]
+
+
+TRAINING = """
+import torch, fxopt
+from tests.tiny_models import tiny_llama, tiny_batch
+model = fxopt.optimize(tiny_llama(), "bf16")
+model(**tiny_batch()).loss.backward()
+"""
+
+
+def test_structured_trace(tmp_path):
+    environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", TRAINING], env=environment, check=True, capture_output=True, timeout=200)
+    (log,) = tmp_path.glob("*.log")
+    lines = log.read_text().splitlines()
+    artifacts = [json.loads(line[line.index("{") :]) for line in lines if '"name": "fxopt_' in line and "{" in line]
+    assert [item["artifact"]["name"] for item in artifacts] == ["fxopt_before", "fxopt_after", "fxopt_passes"]
+    assert all(item["frame_id"] == 0 for item in artifacts)  # filed with Dynamo's own graph
+    assert "rms_norm(" in log.read_text()

@@ -1,0 +1,64 @@
+"""The `fxopt` command: what it prints and writes, and its exit codes."""
+
+import json
+
+import pytest
+
+from fxopt.cli import FAILED, WRONG_USE, main
+from tests.tiny_models import SIZES
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **SIZES}))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _loud():
+    """The command quiets what is logged; the tests after it want to hear it."""
+    import logging
+    import warnings
+
+    with warnings.catch_warnings():
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def test_inspect_and_diff(model, tmp_path, capsys):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert main(["inspect", model, "--seq", "33", "--json", str(one), "--html", str(tmp_path / "one")]) == 0
+    assert "@@ transformers/models/llama/modeling_llama.py" in capsys.readouterr().out
+    assert (tmp_path / "one.html").stat().st_size > 100_000
+    assert main(["inspect", model, "--seq", "33", "--policy", "fp32", "--no-proofs", "--json", str(two)]) == 0
+    assert main(["diff", str(one), str(two)]) == 0
+    assert "peak_bytes" in capsys.readouterr().out
+    assert main(["diff", str(one), str(two), "--fail-if", "fusions < 3"]) == 0
+    capsys.readouterr()
+    assert main(["diff", str(one), str(two), "--fail-if", "fusions < 61"]) == FAILED
+    assert "failed, since fusions < 61 (A 20, B 20)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "Llama-3.2-1C"], "nearest: meta-llama/Llama-3.2-1B"),
+        (["inspect", "Llama-3.2-1B", "--policy", "bf61"], "unknown policy 'bf61'; nearest: 'bf16'"),
+        (["inspect", "Llama-3.2-1B", "--seq", "0"], "--seq is 0"),
+        (["inspect", "SmolLM2-135M", "--seq", "9000"], "takes 8192 at most"),
+        (["diff", "a.json", "b.json"], "a.json cannot be read: No such file"),
+        (["diff", "a.json", "b.json", "--fail-if", "many"], "'many' is no condition"),
+    ],
+)
+def test_errors_say_what_to_do(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == WRONG_USE
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["inspekt"])
+    assert exit.value.code == WRONG_USE and "inspect" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def align(before: nx.DiGraph, after: nx.DiGraph, anchors: Iterable[tuple[Any, An
     """
     anchors = dict(anchors)
     hashes = structural_hashes(before, {})
-    other = structural_hashes(after, {new: hashes[old] for old, new in anchors.items()})
+    other = structural_hashes(after, {there: hashes[here] for here, there in anchors.items()})
     by_hash: dict[Hashable, list[Any]] = defaultdict(list)
     for node, value in other.items():
         by_hash[value].append(node)
@@ -48,8 +48,9 @@ def align(before: nx.DiGraph, after: nx.DiGraph, anchors: Iterable[tuple[Any, An
             turn[value] += 1
     taken = set(pairs.values())
     left, right = [n for n in before if n not in pairs], [n for n in after if n not in taken]
-    labels = [[repr(graph.nodes[n]["label"]) for n in rest] for graph, rest in ((before, left), (after, right))]
-    for start, other_start, length in difflib.SequenceMatcher(None, *labels, autojunk=False).get_matching_blocks():
+    old, new = ([repr(graph.nodes[n]["label"]) for n in rest] for graph, rest in ((before, left), (after, right)))
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    for start, other_start, length in matcher.get_matching_blocks():
         for offset in range(length):
             pairs[left[start + offset]] = right[other_start + offset]
     return pairs

@@ -23,12 +23,14 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
-_CONDITION = re.compile(r"\s*(?P<name>[\w.]+)\s*(?P<operator><=|>=|==|!=|<|>)\s*(?P<number>-?[\d.]+)\s*(?P<unit>%|[kmgt]?b?)\s*", re.I)
+_CONDITION = re.compile(
+    r"\s*(?P<name>[\w.]+)\s*(?P<operator><=|>=|==|!=|<|>)\s*(?P<number>-?[\d.]+)\s*(?P<unit>%|[kmgt]?b?)\s*", re.I
+)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on one number: `fusions < 61`, `peak_bytes > 20 GB`, or, on its change from A to B, `launches > 5 %`."""
+    """A condition on one number: `fusions < 61`, `peak_bytes > 20 GB`; on its change from A to B: `launches > 5 %`."""
 
     text: str
     name: str
@@ -41,7 +43,9 @@ class Condition:
         """Raises ValueError for what is no condition."""
         found = _CONDITION.fullmatch(text)
         if found is None or found["unit"].lower() not in {*_UNITS, "%"}:
-            raise ValueError(f"{text!r} is no condition; write for instance 'fusions < 61', 'peak_bytes > 20 GB', 'launches > 5 %'")
+            raise ValueError(
+                f"{text!r} is no condition; write for instance 'fusions < 61', 'peak_bytes > 20 GB', 'launches > 5 %'"
+            )
         relative = found["unit"] == "%"
         scale = 1.0 if relative else _UNITS[found["unit"].lower()]
         return Condition(text, found["name"], found["operator"], float(found["number"]) * scale, relative)
@@ -112,7 +116,8 @@ def shown(name: str, value: float) -> str:
 
 def _title(diff: GraphDiff) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in diff.conditions.versions.items())
-    return f"{diff.model}, policy {diff.policy}, {diff.conditions.batch_size} × {diff.conditions.sequence_length} ({versions})"
+    sizes = f"{diff.conditions.batch_size} × {diff.conditions.sequence_length}"
+    return f"{diff.model}, policy {diff.policy}, {sizes} ({versions})"
 
 
 def _described(node: Node) -> str:

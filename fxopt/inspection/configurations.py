@@ -75,9 +75,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _from_fields(fields: dict[str, Any], name: str) -> PretrainedConfig:
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=1)
         nearest = f"; nearest: {near[0]!r}" if near else ""
         raise UnknownModelError(f"{name}: transformers knows no model_type {model_type!r}{nearest}")
     config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)

@@ -76,7 +76,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the proof of a rewrite measured: the largest errors against float64, the original's and the replacement's."""
+    """What the proof of a rewrite measured: the original's and the replacement's largest errors against float64."""
 
     original_error: float
     replacement_error: float
@@ -163,8 +163,8 @@ class Graph:
     """One captured graph through all stages.
 
     `before` and `after` are the nodes of the first and the last stage, in order. `aligned` pairs nodes of the two:
-    "same", "rewritten" (the results of a rewrite with what computes them now) or "equal" (in structure to a node that went).
-    `not_measured` says why costs are missing, or ''.
+    "same", "rewritten" (the results of a rewrite with what computes them now) or "equal" (in
+    structure to a node that went). `not_measured` says why costs are missing, or ''.
     """
 
     kind: int

@@ -6,16 +6,15 @@ import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-import fxopt
 from fxopt.capture import CapturedCall, OptimizedForward, Settings
 from fxopt.inspection.configurations import configuration_of
 from fxopt.inspection.diff import Conditions, GraphDiff
@@ -126,7 +125,9 @@ def _diff(
 
 
 def _conditions(model: nn.Module, calls: list[CapturedCall]) -> Conditions:
-    ids = next((v for call in calls for v in call.arguments.values() if isinstance(v, torch.Tensor) and v.ndim > 1), None)
+    ids = next(
+        (v for call in calls for v in call.arguments.values() if isinstance(v, torch.Tensor) and v.ndim > 1), None
+    )
     return Conditions(
         batch_size=int(ids.shape[0]) if ids is not None else None,
         sequence_length=int(ids.shape[1]) if ids is not None else None,
@@ -134,14 +135,21 @@ def _conditions(model: nn.Module, calls: list[CapturedCall]) -> Conditions:
         checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        versions={"fxopt": fxopt.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        versions={name: _version(name) for name in ("fxopt", "torch", "transformers")},
     )
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _same_rewrites(diff: GraphDiff, report: Report) -> bool:
-    found = [sum(1 for r in graph.rewrites) for graph in diff.graphs]
+    """Whether each piece of code that really ran was found again, with as many rewrites."""
     latest = {(graph.kind, graph.frame): graph.hits().total() for graph in report.graphs}
-    return sum(found) >= sum(latest.values())
+    return sum(len(graph.rewrites) for graph in diff.graphs) >= sum(latest.values())
 
 
 def _with_fake_tensors(call: CapturedCall) -> CapturedCall:

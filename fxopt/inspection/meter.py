@@ -1,7 +1,7 @@
 """What a graph costs, found by running it on fake tensors, forward and backward: no data, no memory, no GPU.
 
-Counted are ATen calls as eager PyTorch makes them, one kernel launch each, except views and allocations. An op of fxopt's
-is one call; what it allocates and frees inside is not seen. Bytes moved are the bytes of a call's inputs and results.
+Counted are ATen calls as eager PyTorch makes them, one kernel launch each, except views and allocations. An op of
+fxopt's is one call; what it allocates and frees inside is not seen. Bytes moved are those of a call's inputs and results.
 FLOPs are those of matrix products and attention, by the formulas of `torch.utils.flop_counter`. Saved for backward is
 what is still alive when the forward ends, each storage once; the peak is that of everything but inputs, parameters and
 their gradients, which are released as soon as they are there.
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,7 +216,7 @@ class _Meter(TorchDispatchMode):
 
     def claim(self, result: Any) -> None:
         """Count what autograd will do for `result`, back to what other nodes have claimed, for the node that runs."""
-        pending = [value.grad_fn for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        pending: list[Any] = [value.grad_fn for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
         while pending:
             function = pending.pop()
             # Noted on the function itself: to hold on to it would keep alive what it saves.

@@ -43,10 +43,8 @@ class Recorder:
             self.graphs.append([])
         stages = self.graphs[-1]
         rows = _in_order(snapshot(module))
-        if stages and stages[-1].rows == rows:
-            measurement = stages[-1].measurement
-        else:
-            measurement = self._measured(module)
+        unchanged = bool(stages) and stages[-1].rows == rows
+        measurement = stages[-1].measurement if unchanged else self._measured(module)
         stages.append(Seen(name, rows, measurement))
 
     def _measured(self, module: fx.GraphModule) -> Measurement | None:
@@ -156,9 +154,7 @@ class _Builder:
         for record in self.record.passes:
             stage = self.stage_of_pass.get(record.name, len(self.stages) - 1)
             for change in record.outcome.changes:
-                proof = change.proof and Proof(
-                    change.proof.original_error, change.proof.replacement_error, change.proof.num_inputs
-                )
+                proof = Proof(p.original_error, p.replacement_error, p.num_inputs) if (p := change.proof) else None
                 yield Rewrite(
                     number, stage, record.name, change.rule, change.op, change.source, change.module,
                     self._known(change, change.removed), self._known(change, change.added), proof,
@@ -250,7 +246,9 @@ class _Builder:
             steps = {n.removed_by.step for n in nodes if n.removed_by} | {n.made_by.step for n in nodes if n.made_by}
             steps |= {r.step for r in rewrites}
             rules = tuple(r.rule for r in rewrites)
-            like = first.setdefault((rules, *(tuple(map(shape_of_node, side)) for side in (removed, added))), len(hunks))
+            like = first.setdefault(
+                (rules, *(tuple(map(shape_of_node, side)) for side in (removed, added))), len(hunks)
+            )
             lead = next((n for n in (*added, *reversed(removed)) if n.source), nodes[-1])
             hunks.append(
                 Hunk(
@@ -269,7 +267,7 @@ class _Builder:
         return tuple(hunks)
 
     def _aligned(self, hunks: tuple[Hunk, ...]) -> Iterator[tuple[int, int, str]]:
-        """Nodes that stayed, then the results of rewrites, then nodes that are equal in structure to one that stayed."""
+        """Nodes that stayed, the results of rewrites, and nodes that are equal in structure to one that stayed."""
         stayed = {n.id: n.id for n in self.nodes if n.made == 0 and n.removed is None}
         rewritten = {
             hunk.removed[-1]: hunk.added[-1]
@@ -299,14 +297,18 @@ def _sum(costs: Iterable[Cost | None], where_empty: bool = False) -> Cost | None
 
 
 def _source(line: SourceLine | None) -> Source | None:
-    return line and Source(_portable(line.path), line.line, line.function, line.code)
+    return None if line is None else Source(_portable(line.path), line.line, line.function, line.code)
 
 
 def _portable(path: str) -> str:
     """A file's path without what is this machine's: from its package, or from the working directory."""
-    for root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"), os.getcwd()):
+    for root in (
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+        sysconfig.get_path("stdlib"),
+        os.getcwd(),
+    ):
         if Path(path).is_relative_to(root):
             return Path(path).relative_to(root).as_posix()
     _, installed, rest = path.rpartition("site-packages/")
     return rest if installed else path
-

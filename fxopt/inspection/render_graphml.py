@@ -51,7 +51,9 @@ def _attributes(node: Node) -> dict[str, str | int]:
         "flops_before": node.before.flops + node.before.backward_flops if node.before else None,
         "flops_after": node.after.flops + node.after.backward_flops if node.after else None,
     }
-    return {key: _clean(value) if isinstance(value, str) else value for key, value in found.items() if value is not None}
+    return {
+        key: _clean(value) if isinstance(value, str) else value for key, value in found.items() if value is not None
+    }
 
 
 def _clean(text: str) -> str:

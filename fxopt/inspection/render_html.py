@@ -17,7 +17,7 @@ from fxopt.inspection.diff import GraphDiff
 from fxopt.inspection.render_json import as_json
 from fxopt.inspection.render_text import headline
 
-SCRIPTS = ("numbers.js", "layout.js", "page.js")
+SCRIPTS = ("numbers.js", "layout.js", "panels.js", "drawing.js", "commands.js")  # the last one starts the page
 
 
 def as_html(diff: GraphDiff) -> str:
@@ -35,7 +35,7 @@ def as_html(diff: GraphDiff) -> str:
 
 
 def inert(text: str) -> str:
-    """JSON that cannot end the block that it stands in: the characters of HTML as escapes, which JSON reads as the same."""
+    """JSON that cannot end the block that it stands in: HTML's characters as escapes, which JSON reads as the same."""
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

@@ -69,7 +69,8 @@ def to_dict(diff: GraphDiff) -> dict[str, Any]:
 
 
 def _graph_to_dict(graph: Graph) -> dict[str, Any]:
-    sources = list(dict.fromkeys(item.source for item in (*graph.nodes, *graph.hunks) if item.source is not None))
+    lines = [node.source for node in graph.nodes] + [hunk.source for hunk in graph.hunks]
+    sources = list(dict.fromkeys(line for line in lines if line is not None))
     index = {source: number for number, source in enumerate(sources)}
     found = {field.name: _plain(getattr(graph, field.name), index) for field in fields(graph)}
     return {**found, "sources": [asdict(source) for source in sources]}

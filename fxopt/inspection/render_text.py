@@ -88,7 +88,14 @@ def _numbers(stage: Stage) -> list[str]:
     if stage.cost is None:
         return [str(stage.num_nodes)]
     saved, peak = in_bytes(stage.cost.saved_bytes), in_bytes(stage.peak_bytes or 0)
-    return [str(stage.num_nodes), str(launches(stage.cost)), str(stage.cost.casts), in_bytes(moved(stage.cost)), saved, peak]
+    return [
+        str(stage.num_nodes),
+        str(launches(stage.cost)),
+        str(stage.cost.casts),
+        in_bytes(moved(stage.cost)),
+        saved,
+        peak,
+    ]
 
 
 def launches(cost: Cost) -> int:
@@ -163,7 +170,9 @@ def _bookkeeping(graph: Graph) -> Iterator[RenderableType]:
     rest = [hunk for hunk in graph.hunks if not hunk.rewrites]
     if rest:
         steps = dict.fromkeys(step for hunk in rest for step in hunk.steps)
-        removed, added = (sum(len(side) for side in sides) for sides in zip(*((h.removed, h.added) for h in rest), strict=True))
+        removed, added = (
+            sum(len(side) for side in sides) for sides in zip(*((h.removed, h.added) for h in rest), strict=True)
+        )
         more = f", {added} came" if added else ""
         yield Text(f"\n{removed} nodes that change no value went{more}: {', '.join(steps)}", style="dim")
 
@@ -180,5 +189,3 @@ def _misses(graph: Graph) -> Iterator[RenderableType]:
         yield Text(f"  {count}× {rule}, {what}: {reason}   {source}", style="yellow", overflow="fold")
     if len(counted) > MOST_MISSES:
         yield Text(f"  and {len(counted) - MOST_MISSES} more reasons; see .to_dict()", style="dim")
-
-

@@ -170,9 +170,7 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
-    def run(
-        self, module: fx.GraphModule, prover: Prover | None, observe: Observer | None = None
-    ) -> list[PassRecord]:
+    def run(self, module: fx.GraphModule, prover: Prover | None, observe: Observer | None = None) -> list[PassRecord]:
         """Run every pass over `module` and the graphs inside it, in place. `observe` sees `module` after each pass."""
         records = []
         for step in self.passes:

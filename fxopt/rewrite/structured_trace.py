@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from fxopt.rewrite.report import GraphRecord
 from fxopt.rewrite.snapshot import NodeRow

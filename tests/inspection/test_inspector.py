@@ -93,7 +93,9 @@ def test_checkpointing_saves_less_and_computes_more():
     assert {node.graph for node in graph.nodes if node.module.startswith("model.layers.0")} > {""}
     for stage, other in ((0, 0), (-1, -1)):
         assert checkpointed.graphs[0].stages[stage].cost.saved_bytes < plain.graphs[0].stages[other].cost.saved_bytes
-        assert checkpointed.graphs[0].stages[stage].cost.backward_flops > plain.graphs[0].stages[other].cost.backward_flops
+        assert (
+            checkpointed.graphs[0].stages[stage].cost.backward_flops > plain.graphs[0].stages[other].cost.backward_flops
+        )
 
 
 def test_a_graph_break_is_told():

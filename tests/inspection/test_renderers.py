@@ -48,7 +48,9 @@ def test_text_reads_like_a_diff_of_the_model_s_source(diff: GraphDiff):
     text = str(diff)
     assert "@@ transformers/models/llama/modeling_llama.py" in text and "× 4" in text
     lines = text.splitlines()
-    assert any(line.startswith("- ") and "variance = hidden_states.pow(2).mean(-1, keepdim=True)" in line for line in lines)
+    assert any(
+        line.startswith("- ") and "variance = hidden_states.pow(2).mean(-1, keepdim=True)" in line for line in lines
+    )
     assert any(line.startswith("+ ") and "swiglu(" in line for line in lines)
     (graph,) = diff.graphs
     assert any("captured" in line and str(graph.stages[0].num_nodes) in line.split() for line in lines)
@@ -90,7 +92,14 @@ def test_embedded_json_cannot_end_its_block():
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (33_554_432, "33.6 MB"), (999_960, "1.00 MB"), (2.4716e9, "2.47 GB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (33_554_432, "33.6 MB"),
+        (999_960, "1.00 MB"),
+        (2.4716e9, "2.47 GB"),
+    ],
 )
 def test_bytes(number, text):
     assert in_bytes(number) == text
@@ -98,7 +107,13 @@ def test_bytes(number, text):
 
 def test_numbers():
     assert in_flops(17.1e12) == "17.1 TFLOP"
-    assert [change(*pair) for pair in ((2, 1), (1, 2), (3, 3), (0, 1), (649, 3))] == ["−50 %", "+100 %", "=", "new", "−99.5 %"]
+    assert [change(*pair) for pair in ((2, 1), (1, 2), (3, 3), (0, 1), (649, 3))] == [
+        "−50 %",
+        "+100 %",
+        "=",
+        "new",
+        "−99.5 %",
+    ]
 
 
 TRAINING = """

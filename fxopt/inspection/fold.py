@@ -11,7 +11,7 @@ _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")
 
 
 def block_of(module: str) -> str:
-    """The path of the layer that a module belongs to, such as `model.layers.3`; outside the layers, the module's own."""
+    """The path of the layer that a module belongs to, such as `model.layers.3`; elsewhere, the module's own path."""
     found = _LAYER.match(module)
     return found.group() if found else module
 

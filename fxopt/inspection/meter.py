@@ -1,7 +1,7 @@
 """What a graph costs, found by running it on fake tensors, forward and backward: no data, no memory, no GPU.
 
 Counted are ATen calls as eager PyTorch makes them, one kernel launch each, except views and allocations. An op of
-fxopt's is one call; what it allocates and frees inside is not seen. Bytes moved are those of a call's inputs and results.
+fxopt's is one call; what it allocates and frees inside is not seen. Bytes moved are those of inputs and results.
 FLOPs are those of matrix products and attention, by the formulas of `torch.utils.flop_counter`. Saved for backward is
 what is still alive when the forward ends, each storage once; the peak is that of everything but inputs, parameters and
 their gradients, which are released as soon as they are there.

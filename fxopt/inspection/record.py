@@ -98,6 +98,13 @@ class _Builder:
         self.ids = {key: index for index, key in enumerate(self._ordered())}
         self.stage_of_pass = {stage.name: index for index, stage in enumerate(stages)}
         self.rewrites = tuple(self._rewrites())
+        self.maker, self.remover = dict[int, str](), dict[int, str]()  # the rule that made or removed a node
+        self.rewrites_at: dict[int, set[int]] = {}
+        for rewrite in self.rewrites:
+            for number in {*rewrite.removed, *rewrite.added}:
+                self.rewrites_at.setdefault(number, set()).add(rewrite.id)
+            self.maker |= dict.fromkeys(set(rewrite.added) - set(rewrite.removed), rewrite.rule)
+            self.remover |= dict.fromkeys(set(rewrite.removed) - set(rewrite.added), rewrite.rule)
         self.nodes = tuple(self._node(key) for key in self.ids)
 
     def graph(self, not_measured: str) -> Graph:
@@ -170,8 +177,6 @@ class _Builder:
         standing = [index for index, present in enumerate(self.present) if key in present]
         made, gone = standing[0], standing[-1] + 1
         removed = gone if gone < len(self.stages) else None
-        makers = [r.rule for r in self.rewrites if number in r.added and number not in r.removed]
-        removers = [r.rule for r in self.rewrites if number in r.removed and number not in r.added]
         return Node(
             id=number,
             name=row.name,
@@ -186,8 +191,8 @@ class _Builder:
             module=row.module,
             made=made,
             removed=removed,
-            made_by=Origin(self.stages[made].name, next(iter(makers), "")) if made else None,
-            removed_by=Origin(self.stages[gone].name, next(iter(removers), "")) if removed is not None else None,
+            made_by=Origin(self.stages[made].name, self.maker.get(number, "")) if made else None,
+            removed_by=Origin(self.stages[gone].name, self.remover.get(number, "")) if removed is not None else None,
             reads=tuple(self._reads(key, standing)),
             before=self._cost(key, 0) if made == 0 else None,
             after=self._cost(key, -1) if removed is None else None,
@@ -237,7 +242,8 @@ class _Builder:
         groups = [sorted(n for n in group if isinstance(n, int)) for group in nx.connected_components(together)]
         for numbers in sorted(group for group in groups if group):
             nodes = [self.nodes[number] for number in numbers]
-            rewrites = tuple(r for r in self.rewrites if {*r.removed, *r.added} & set(numbers))
+            ids = sorted({number for n in numbers for number in self.rewrites_at.get(n, ())})
+            rewrites = tuple(self.rewrites[number] for number in ids)
             in_place = {n for r in rewrites for n in r.removed if n in r.added}
             removed = [n for n in nodes if n.made == 0 and (n.removed is not None or n.id in in_place)]
             added = [n for n in nodes if n.removed is None and (n.made > 0 or n.id in in_place)]

@@ -31,12 +31,12 @@ for hunks in graph.folded_hunks():
     if first.rewrites and first.before is not None and first.after is not None and first.source is not None:
         saved = len(hunks) * (first.before.saved_bytes - first.after.saved_bytes)
         ops = ", ".join(graph.rewrites[number].op for number in first.rewrites)
-        print(f"{ops} × {len(hunks)}, from {first.source.place}: {saved / 1e6:+.1f} MB less kept for backward")
+        print(f"{ops} × {len(hunks)}, from {first.source.place}: {saved / 1e6:.1f} MB less kept for backward")
 
 # The same without one pass, as a test in CI would compare two versions: `fxopt diff A.json B.json --fail-if …`.
 other = fxopt.inspect(config, "bf16", batch_size=2, sequence_length=1024, pipeline=EXACT.without("fuse_glu"))
 lost = Comparison(diff, other).lost()
-assert set(text.split()[0] for text in lost) == {"swiglu"}, lost
+assert {text.split()[0] for text in lost} == {"swiglu"}, lost
 assert Condition.parse("saved_bytes > 5 %").holds(diff.metrics, other.metrics)
 
 folder = Path(tempfile.mkdtemp())

@@ -98,7 +98,7 @@ def verify(model: nn.Module, *batches: Mapping[str, Any]) -> Verification:
 
 def inspect(
     model: nn.Module | PretrainedConfig | str | Path,
-    policy: str | Policy = "bf16",
+    policy: str | Policy | None = None,
     *,
     batch_size: int = 1,
     sequence_length: int | None = None,
@@ -115,7 +115,7 @@ def inspect(
     Args:
         model: a model, optimized or not; a configuration; or the name of one: a model on the Hub, a well-known model
             such as "Llama-3.2-1B", a model type, a folder or a JSON file.
-        policy: the policy to inspect it under.
+        policy: the policy to inspect it under; None as in `optimize`.
         batch_size, sequence_length: of the call, in rows and tokens; 1 and 2048, or the most that the model takes.
         training: whether to inspect the training call with its backward, or the loss of an evaluation.
         checkpointing: whether activations are computed again in the backward.

@@ -12,6 +12,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from fxopt.inspection.diff import GraphDiff
+    from fxopt.precision.policy import Policy
 
 FAILED, WRONG_USE = 1, 2  # exit codes
 FILE_WIDTH = 140
@@ -40,7 +41,7 @@ def _add_inspect(commands: Any) -> None:
         "what was left alone and why.",
     )
     parser.add_argument("model", metavar="MODEL", help="a model on the Hub, a folder, a config.json, or a model type")
-    parser.add_argument("--policy", default="bf16", help="the precision policy (%(default)s)")
+    parser.add_argument("--policy", default="bf16", help="a preset, or a policy's JSON or YAML file (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, metavar="ROWS", help="rows of the batch (%(default)s)")
     parser.add_argument("--seq", type=int, metavar="TOKENS", help="tokens in each row (2048, or the model's most)")
     parser.add_argument("--eval", action="store_true", help="the loss of an evaluation instead of a training step")
@@ -62,12 +63,11 @@ def _inspect(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is {size}; it takes a number from 1 on")
     _quiet()
     from fxopt.api import inspect
-    from fxopt.precision.policy import resolve
 
-    resolve(options.policy)  # before the model is looked for
+    policy = _policy(options.policy)  # before the model is looked for
     diff = inspect(
         options.model,
-        options.policy,
+        policy,
         batch_size=options.batch,
         sequence_length=options.seq,
         training=not options.eval,
@@ -79,6 +79,15 @@ def _inspect(options: argparse.Namespace) -> int:
         if (path := getattr(options, name)) is not None:
             print(f"wrote {diff.save(_with_ending(path, name))}")
     return 0 if diff.graphs else FAILED
+
+
+def _policy(name: str) -> str | Policy:
+    """A preset by name, or the policy in a file."""
+    from fxopt.precision.policy import Policy
+
+    if name.endswith((".json", ".yaml", ".yml")):
+        return Policy.load(name)
+    return name if name == "auto" else Policy.named(name)
 
 
 def _with_ending(path: str, name: str) -> str:
@@ -129,13 +138,13 @@ def _print(what: Any) -> None:
 
 
 def _quiet() -> None:
-    """Leave out what other libraries say while they are imported; errors stay."""
+    """Leave out what other libraries log. What keeps a graph from being captured is part of what is printed."""
     import logging
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def test_inspect_shows_what_changed(tmp_path):
     model(**tiny_batch())
     diff = fxopt.inspect(model)
     text = str(diff)
-    assert "FuseRMSNorm" in text and "modeling_llama.py" in text
-    for ending in (".html", ".txt", ".json"):
+    assert "fuse_rms_norm" in text and "modeling_llama.py" in text
+    for ending in (".html", ".txt", ".json", ".graphml", ".model-explorer.json"):
         assert diff.save(tmp_path / f"diff{ending}").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"\.html"):
         diff.save(tmp_path / "diff.pdf")

@@ -232,6 +232,8 @@ def test_wheel_holds_each_file_once(wheels: tuple[Path, Path]) -> None:
         names = zipfile.ZipFile(wheel).namelist()
         assert sorted(name for name in names if name.endswith(".py")) == expected, wheel
         assert "fxopt/py.typed" in names
+        page = {f"fxopt/inspection/page/{path.name}" for path in (ROOT / "fxopt/inspection/page").iterdir()}
+        assert page | {"fxopt/inspection/well_known.json"} <= set(names)
         assert {name.split("/")[0] for name in names} == {"fxopt", f"fxopt-{fxopt.__version__}.dist-info"}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from fxopt.capture import CapturedCall, OptimizedForward, Settings
 from fxopt.inspection.configurations import configuration_of
 from fxopt.inspection.diff import Conditions, GraphDiff
 from fxopt.inspection.record import Recorder, graph_of
-from fxopt.precision.annotate import annotate
-from fxopt.precision.policy import Policy, resolve
+from fxopt.precision.annotate import annotate, policy_of
+from fxopt.precision.policy import Policy
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
 
@@ -57,7 +57,7 @@ def inspect_optimized(forward: OptimizedForward, prove: bool = True) -> GraphDif
 
 def inspect_model(
     model: nn.Module | PretrainedConfig | str | Path,
-    policy: str | Policy = "bf16",
+    policy: str | Policy | None = None,
     *,
     batch_size: int = 1,
     sequence_length: int | None = None,
@@ -67,7 +67,6 @@ def inspect_model(
     prove: bool = True,
 ) -> GraphDiff:
     """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
-    chosen = resolve(policy)
     mode = FakeTensorMode()
     if isinstance(model, nn.Module):
         with FakeCopyMode(mode):
@@ -76,8 +75,9 @@ def inspect_model(
     else:
         config = configuration_of(model)
         with mode:
-            fake = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=chosen.default.storage)
-    annotate(fake, chosen)
+            fake = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    annotate(fake, policy, emulate=True)  # what is not computed needs no hardware for it
+    chosen = cast(Policy, policy_of(fake))
     fake.train(training)
     if checkpointing:
         _checkpoint_activations(fake)

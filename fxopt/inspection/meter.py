@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-import fxopt.kernels.linear_cross_entropy  # noqa: F401 — registers the op
+import fxopt.kernels.interval_attention
+import fxopt.kernels.linear_cross_entropy  # noqa: F401 — they register the ops
 from fxopt.rematerialize import rematerializing
 from fxopt.rewrite.graph import named_graph_modules, value_of
 
@@ -286,5 +287,8 @@ _FLOPS: dict[Any, Callable[..., Any]] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    # As if all keys were seen: how many are depends on the mask.
+    torch.ops.fxopt.interval_attention: _attention_flops,
+    torch.ops.fxopt.interval_attention_backward: _attention_backward_flops,
     torch.ops.fxopt.linear_cross_entropy: _loss_flops,
 }

@@ -57,9 +57,11 @@ def test_an_optimized_model_shows_the_calls_that_it_ran():
     diff = fxopt.inspect(model)
     assert len(diff.graphs) == len(fxopt.report(model).graphs) == 2
     assert (diff.conditions.batch_size, diff.conditions.sequence_length) == (3, 17)
-    assert {name: count for name, count in diff.hits.items() if name != "causal_attention"} == {
-        name: 2 * count for name, count in LLAMA_HITS.items() if name != "causal_attention"
+    attention = {"causal_attention", "grouped_query_attention", "interval_attention"}
+    assert {name: count for name, count in diff.hits.items() if name not in attention} == {
+        name: 2 * count for name, count in LLAMA_HITS.items() if name not in attention
     }
+    assert diff.hits["interval_attention"] == LLAMA_HITS["causal_attention"] == diff.hits["causal_attention"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert fxopt.report(model).hits == LLAMA_HITS  # and the model is as it was
     assert len(fxopt.report(model).graphs) == 2

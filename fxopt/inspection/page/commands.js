@@ -83,7 +83,8 @@ function start() {
   listenToCanvas();
   listenToKeys();
   addEventListener("resize", () => { drawn = null; draw(); });
-  choosesGraph(0);
+  const sizes = data.graphs.map((one) => one.rewrites.length);
+  choosesGraph(sizes.indexOf(Math.max(...sizes))); // the one with most to see
 }
 
 start();

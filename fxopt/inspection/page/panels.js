@@ -74,7 +74,7 @@ function fillHead() {
     `policy ${data.policy}, `, shown(data, ["conditions.num_parameters"], "count"), " parameters in ",
     shown(data, ["conditions.parameter_bytes"], "bytes"), `; ${call.join(", ")}`);
   $("graph").replaceChildren(...data.graphs.map((one, index) =>
-    element("option", { value: index }, `graph ${index}: ${one.stages[0].num_nodes} operations`)));
+    element("option", { value: index }, `graph ${index}: ${one.stages[0].num_nodes} operations, ${one.rewrites.length} rewrites`)));
   $("graph").value = view.graph;
   $("graph").hidden = data.graphs.length < 2;
   const last = graph.stages.length - 1;

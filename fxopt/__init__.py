@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fxopt.api import inspect, optimize, optimizer, report, restore, verify
+    from fxopt.planning.plan import plan
     from fxopt.precision.annotate import annotate
     from fxopt.precision.footprint import footprint
     from fxopt.precision.monitor import monitor
@@ -30,6 +31,7 @@ _MODULE_OF_NAME = {
     "Precision": "fxopt.precision.policy",
     "Selector": "fxopt.precision.policy",
     "footprint": "fxopt.precision.footprint",
+    "plan": "fxopt.planning.plan",
     "policies": "fxopt.precision.presets",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "monitor",
     "optimize",
     "optimizer",
+    "plan",
     "policies",
     "report",
     "restore",

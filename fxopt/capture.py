@@ -83,6 +83,7 @@ class OptimizedForward:
         self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
         self.calls: list[CapturedCall] = []  # one of each kind
         self.observe: Observer | None = None  # sees each graph before the passes, after each, and as it runs
+        self.runner: Callable[[fx.GraphModule], Callable[..., Any]] = lambda module: module.forward
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -124,15 +125,15 @@ class OptimizedForward:
         self._note_graph_breaks(known_breaks)
         return reveal_on_touch(outputs)
 
-    def capture(self, call: dict[str, Any]) -> None:
-        """Capture the graphs of `call`, in the form that `calls` has them, for who only looks at them.
+    def capture(self, call: dict[str, Any]) -> Any:
+        """Capture the graphs of `call`, in the form that `calls` has them, and run them, for who only looks at them.
 
         Neither falls back nor gives the model its state back. Raises what the capture raises.
         """
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
         mark_dynamic(call)
         try:
-            self._run_captured(kind_of(self.model, call), call, None)
+            return self._run_captured(kind_of(self.model, call), call, None)
         finally:
             self._note_graph_breaks(known_breaks)
 
@@ -200,7 +201,7 @@ class OptimizedForward:
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
         _checkpoint_eagerly(module)
-        return wrap(_without_cheap_results(module.forward))
+        return wrap(_without_cheap_results(self.runner(module)))
 
     def _count_logits(self) -> None:
         self.report.logits_computed += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, 1 where a condition of --fail-if holds, 2 where the command cannot be carried out."""
     parser = argparse.ArgumentParser(prog="fxopt", description="See before you train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_inspect, _add_diff):
+    for add in (_add_inspect, _add_diff, _add_plan):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -59,8 +60,7 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(options: argparse.Namespace) -> int:
     for name in ("batch", "seq"):
-        if (size := getattr(options, name)) is not None and size < 1:
-            raise ValueError(f"--{name} is {size}; it takes a number from 1 on")
+        _check_size(name, getattr(options, name))
     _quiet()
     from fxopt.api import inspect
 
@@ -130,6 +130,69 @@ def _values(name: str, before: GraphDiff, after: GraphDiff) -> str:
     from fxopt.inspection.compare import shown
 
     return f"A {shown(name, before.metrics.get(name, 0.0))}, B {shown(name, after.metrics.get(name, 0.0))}"
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a training step takes in memory under each policy, without a GPU and without a run",
+        description="Simulates a training step on fake tensors under several policies, with activations kept and "
+        "computed again, with gradients kept and released, and recommends one.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model on the Hub, a folder, a config.json, or a model type")
+    parser.add_argument("--memory", metavar="24GB", help="of one device; without it, of this machine's")
+    parser.add_argument("--batch", type=int, metavar="ROWS", help="on each device (1; with --memory the most that fit)")
+    parser.add_argument("--seq", type=int, metavar="TOKENS", help="tokens in each row (2048, or the model's most)")
+    parser.add_argument("--policy", metavar="A,B", help="presets or policy files (the most common presets)")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="shard over N of them (%(default)s)")
+    parser.add_argument("--accuracy", default="normal", help="critical, normal or tolerant (%(default)s)")
+    parser.add_argument("--html", metavar="FILE", help="write a page with bars that opens from disk")
+    parser.add_argument("--json", metavar="FILE", help="write everything")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    for name in ("batch", "seq", "devices"):
+        _check_size(name, getattr(options, name))
+    memory = None if options.memory is None else _bytes(options.memory)
+    _quiet()
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fxopt.planning.plan import POLICIES, plan
+
+    policies = [_policy(name) for name in options.policy.split(",")] if options.policy else POLICIES
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("")
+        found = plan(
+            options.model,
+            policies,
+            batch_size=options.batch,
+            sequence_length=options.seq,
+            memory=memory,
+            num_devices=options.devices,
+            accuracy=options.accuracy,
+            on_progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
+        )
+    _print(found)
+    for name in ("html", "json"):
+        if (path := getattr(options, name)) is not None:
+            print(f"wrote {found.save(_with_ending(path, name))}")
+    return 0 if found.recommended is not None else FAILED
+
+
+def _bytes(text: str) -> int:
+    """ "24GB", "80 GiB" or a number of bytes."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)(i?)B?\s*", text)
+    if found is None:
+        raise ValueError(f"--memory is {text!r}; it takes a size such as 24GB or 80GiB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+
+
+def _check_size(name: str, size: int | None) -> None:
+    if size is not None and size < 1:
+        raise ValueError(f"--{name} is {size}; it takes a number from 1 on")
 
 
 def _print(what: Any) -> None:

@@ -305,6 +305,23 @@ def _loss_and_grads(
     return loss.to(dtype), dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
+def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
+    """The most that the op holds at once beside its arguments and results, if some rows are left out.
+
+    `options` are its other arguments. Rows without a label at the end of each sequence are left out where a model
+    shifts its labels.
+    """
+    *_, want_hidden, want_weight, _ = options
+    itemsize, width = hidden.element_size(), hidden.shape[1]
+    num_rows, vocabulary = -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE, weight.shape[0]
+    chunks = _chunks(num_rows, vocabulary * itemsize)
+    buffer = max((chunk.stop - chunk.start for chunk in chunks), default=0) * vocabulary * itemsize
+    rows = num_rows * width * itemsize * (1 + want_hidden)
+    wide = compute_dtype(hidden)
+    is_wider = want_weight and len(chunks) != 1 and wide != weight.dtype
+    return buffer + rows + (weight.numel() * wide.itemsize if is_wider else 0)
+
+
 def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """Those rows, then zeros up to a multiple of ROW_MULTIPLE; as their scale is zero, so are their dlogits."""
     taken = tensor.new_zeros(-(-rows.numel() // ROW_MULTIPLE) * ROW_MULTIPLE, *tensor.shape[1:])

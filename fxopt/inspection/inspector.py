@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fxopt.capture import CapturedCall, OptimizedForward, Settings
 from fxopt.inspection.configurations import configuration_of
 from fxopt.inspection.diff import Conditions, GraphDiff
+from fxopt.inspection.fake_models import checkpoint_activations, fake_model
 from fxopt.inspection.record import Recorder, graph_of
 from fxopt.precision.annotate import annotate, policy_of
 from fxopt.precision.policy import Policy
@@ -67,21 +68,20 @@ def inspect_model(
     prove: bool = True,
 ) -> GraphDiff:
     """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
-    mode = FakeTensorMode()
     if isinstance(model, nn.Module):
+        mode = FakeTensorMode()
         with FakeCopyMode(mode):
             fake = copy.deepcopy(model)
+        annotate(fake, policy, emulate=True)
         config = getattr(model, "config", None)
     else:
         config = configuration_of(model)
-        with mode:
-            fake = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    annotate(fake, policy, emulate=True)  # what is not computed needs no hardware for it
+        fake, mode = fake_model(config, policy)
     chosen = cast(Policy, policy_of(fake))
     fake.train(training)
     if checkpointing:
-        _checkpoint_activations(fake)
-    longest = _longest(config)
+        checkpoint_activations(fake)
+    longest = longest_sequence(config)
     if sequence_length is None:
         sequence_length = min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)
     elif longest is not None and sequence_length > longest:
@@ -160,15 +160,8 @@ def _with_fake_tensors(call: CapturedCall) -> CapturedCall:
     return CapturedCall(arguments, call.training, call.grad_enabled)
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
-    name = "activation_checkpointing_enable"  # as transformers now calls it
-    enable = getattr(model, name, None) or getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise ValueError(f"{type(model).__name__} has no activation checkpointing; inspect it with checkpointing=False")
-    enable()
-
-
-def _longest(config: Any) -> int | None:
+def longest_sequence(config: Any) -> int | None:
+    """The most tokens that a model of this configuration takes in a row, if it says so."""
     if not isinstance(config, PretrainedConfig):
         return None
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

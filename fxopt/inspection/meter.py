@@ -9,11 +9,10 @@ their gradients, which are released as soon as they are there.
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -23,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-import fxopt.kernels.interval_attention
-import fxopt.kernels.linear_cross_entropy  # noqa: F401 — they register the ops
+import fxopt.kernels.interval_attention  # noqa: F401 — it registers its op
+from fxopt.inspection.live_memory import LiveMemory
+from fxopt.kernels.linear_cross_entropy import workspace_bytes
 from fxopt.rematerialize import rematerializing
 from fxopt.rewrite.graph import named_graph_modules, value_of
 
@@ -32,6 +32,16 @@ aten = torch.ops.aten
 
 Key = tuple[str, str]  # the path of a graph, and the name of a node in it
 OUTSIDE: Key = ("", "")
+
+
+class Where(NamedTuple):
+    """What runs: a node, or its backward."""
+
+    node: Key
+    in_backward: bool
+
+    def __str__(self) -> str:
+        return self.node[1] + " (backward)" * self.in_backward
 
 
 @dataclass
@@ -66,7 +76,7 @@ class Measurement:
 
 def measure(module: fx.GraphModule) -> Measurement:
     """Run `module` on fake tensors of the sizes that it was captured with. Raises what its operations raise there."""
-    meter, grad_enabled = _Meter(), torch.is_grad_enabled()
+    meter, grad_enabled = Meter(), torch.is_grad_enabled()
     paths = {inner: path for path, inner in named_graph_modules(module)}
     # A static size needs no symbols; PyTorch's own fake mode, with symbols in it, stays out of this.
     with unset_fake_temporarily(), FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(False):
@@ -75,14 +85,16 @@ def measure(module: fx.GraphModule) -> Measurement:
             meter.ignore(value)
         with torch.set_grad_enabled(grad_enabled), meter:
             with rematerializing():
-                results = _Interpreter(module, paths, meter).run(*inputs)
+                results = Interpreter(module, paths, meter).run(*inputs)
             losses = _losses(results)
             del results
             meter.end_forward()
             if losses:
                 torch.autograd.backward(losses, [torch.ones_like(loss) for loss in losses])
-    meter.measurement.costs.pop(OUTSIDE, None)  # the ones that backward starts from
-    return meter.measurement
+    measurement, peak = meter.measurement, meter.memory.peak_when_released
+    measurement.costs.pop(OUTSIDE, None)  # the ones that backward starts from
+    measurement.peak_bytes, measurement.peak_at = peak.total, str(peak.at or "")
+    return measurement
 
 
 def _concrete(value: Any) -> Any:
@@ -110,10 +122,10 @@ def _losses(results: Any) -> list[torch.Tensor]:
     return [value for value in found if value.ndim == 0] or found
 
 
-class _Interpreter(fx.Interpreter):
+class Interpreter(fx.Interpreter):
     """Runs a graph and the graphs inside it, and tells the meter which node runs."""
 
-    def __init__(self, module: fx.GraphModule, paths: dict[fx.GraphModule, str], meter: _Meter):
+    def __init__(self, module: fx.GraphModule, paths: dict[fx.GraphModule, str], meter: Meter):
         super().__init__(module)
         self.paths, self.meter, self.path = paths, meter, paths[module]
 
@@ -140,27 +152,29 @@ class _Interpreter(fx.Interpreter):
     def _runner(self, body: fx.GraphModule) -> Callable[..., Any]:
         # A new interpreter each time, and none that is held on to: each keeps some values of its last run.
         paths, meter = self.paths, self.meter
-        return lambda *operands: _Interpreter(body, paths, meter).run(*operands)
+        return lambda *operands: Interpreter(body, paths, meter).run(*operands)
 
 
 _SELECTIVE = "_checkpoint_context_fn"
 
 
-class _Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """Counts ATen calls for the node that runs, or whose gradient is computed, and follows what is alive."""
 
     def __init__(self) -> None:
         super().__init__()
         self.node = OUTSIDE
         self.measurement = Measurement()
+        self.memory = LiveMemory()
         self._in_backward = False
-        self._live_bytes = 0
-        self._alive: dict[int, _Storage] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is aten.add.Tensor and self._in_backward and not kwargs and self._is_from_backward(args[0]):
+            # Where several gradients of one value are added, autograd writes over the first; not over fake tensors.
+            func = aten.add_.Tensor
         result = func(*args, **kwargs)
         if func.is_view:  # most calls
             return result
@@ -168,8 +182,14 @@ class _Meter(TorchDispatchMode):
         if not _is_free(func):
             self._count(func, args, kwargs, result, results)
         for value in results:
-            self._follow(value)
+            self.memory.follow(value, self.where)
+        if workspace := _WORKSPACE.get(func.overloadpacket):
+            self.memory.note_peak(self.where, workspace(*args, **kwargs))
         return result
+
+    def _is_from_backward(self, value: Any) -> bool:
+        storage = self.memory.of(value) if isinstance(value, torch.Tensor) else None
+        return storage is not None and storage.made_by.in_backward and storage.size_bytes > 0
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, results: list[torch.Tensor]) -> None:
         cost = self.measurement.costs[self.node]
@@ -194,26 +214,18 @@ class _Meter(TorchDispatchMode):
 
     def ignore(self, value: Any) -> None:
         """Do not count a value that was there before."""
+        self.follow(value, size_bytes=0)
+
+    def follow(self, value: Any, size_bytes: int | None = None) -> None:
+        """Count a value that was made where the meter does not look."""
         for leaf in tree_leaves(value):
             if isinstance(leaf, torch.Tensor):
-                self._follow(leaf, size_bytes=0)
+                self.memory.follow(leaf, self.where, size_bytes)
 
-    def _follow(self, value: torch.Tensor, size_bytes: int | None = None) -> None:
-        storage = value.untyped_storage()
-        key = id(storage)  # PyTorch keeps one Python object for each storage
-        if key in self._alive:
-            return
-        size_bytes = storage.nbytes() if size_bytes is None else size_bytes
-
-        def gone(_: Any) -> None:
-            del self._alive[key]
-            self._live_bytes -= size_bytes
-
-        self._alive[key] = _Storage(weakref.ref(storage, gone), size_bytes, self.node)
-        self._live_bytes += size_bytes
-        if self._live_bytes > self.measurement.peak_bytes:
-            self.measurement.peak_bytes = self._live_bytes
-            self.measurement.peak_at = self.node[1] + (" (backward)" if self._in_backward else "")
+    @property
+    def where(self) -> Where:
+        """What runs now."""
+        return Where(self.node, self._in_backward)
 
     def claim(self, result: Any) -> None:
         """Count what autograd will do for `result`, back to what other nodes have claimed, for the node that runs."""
@@ -234,17 +246,11 @@ class _Meter(TorchDispatchMode):
         return start
 
     def end_forward(self) -> None:
+        """From now on it is the backward that runs."""
         self.node, self._in_backward = OUTSIDE, True
-        for storage in self._alive.values():
+        for storage in self.memory:
             if storage.size_bytes:
-                self.measurement.costs[storage.made_by].saved_bytes += storage.size_bytes
-
-
-@dataclass(frozen=True)
-class _Storage:
-    alive: weakref.ref[Any]
-    size_bytes: int
-    made_by: Key
+                self.measurement.costs[storage.made_by.node].saved_bytes += storage.size_bytes
 
 
 def _is_free(func: Any) -> bool:
@@ -282,6 +288,9 @@ _FREE = {
     aten.detach, aten.alias, aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
     aten.new_empty_strided, aten.lift_fresh, aten.sym_size, aten.sym_stride, aten.sym_numel,
 }  # fmt: skip
+_WORKSPACE: dict[Any, Callable[..., int]] = {
+    torch.ops.fxopt.linear_cross_entropy: workspace_bytes,
+}
 _GATHERING = {aten.embedding, aten.index, aten.index_select, aten.gather}  # they read as much as they yield
 _FLOPS: dict[Any, Callable[..., Any]] = {
     **flop_registry,

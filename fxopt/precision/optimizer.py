@@ -181,7 +181,7 @@ class Optimizer(torch.optim.Optimizer):
         """Updates these parameters, all of which have a gradient. `step()` and released gradients come through here."""
         self._check_gradients(parameters)
         self._clipping.clip(parameters, self.param_groups[0]["previous_grad_norm"])
-        self._add_states(parameters)
+        self.add_states(parameters)
         for observer in self._observers:
             observer.before_update(parameters)
         items: dict[int, list[Item]] = {}
@@ -262,12 +262,14 @@ class Optimizer(torch.optim.Optimizer):
         if self._in_backward is not None:
             self._in_backward.attach(self, self._places)
 
-    def _add_states(self, parameters: Sequence[Tensor]) -> None:
-        """Zeros for the parameters that are updated for the first time.
+    def add_states(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Zeros for the parameters that have no state yet; all that are trained if None. The first `step()` does it.
 
         Float32 moments of one device lie in one piece of memory. One by one they would settle in the gaps that the
         first backward pass has left behind, and every later step would need its activations elsewhere.
         """
+        if parameters is None:
+            parameters = [parameter for parameter in self._places if parameter.requires_grad]
         fresh = [parameter for parameter in parameters if not self.state.get(parameter)]
         together: dict[torch.device, list[tuple[Tensor, str]]] = {}
         for parameter in fresh:

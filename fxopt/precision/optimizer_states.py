@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxopt.precision.policy import OptimizerState
 
@@ -49,6 +50,10 @@ def _state_class(states: OptimizerState) -> Any:
         return State.__tensor_unflatten__({name: getattr(args[0], name).clone() for name in names}, context)
 
     State.implements(torch.ops.aten.clone.default)(clone)
+    # torchao works its tables of codes out once and keeps them: not with fake tensors, which have no values.
+    with unset_fake_temporarily():
+        for signed in (True, False):
+            State.zeros((_BLOCK[states],), signed=signed, block_size=_BLOCK[states])
     return State
 
 

@@ -78,7 +78,7 @@ def choose(model: nn.Module, device: torch.device | str | None = None) -> tuple[
         return named("fp32"), "This GPU has no bfloat16 arithmetic. Float32 is the only preset that runs well on it."
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     frozen_bytes = 2 * sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-    memory = _memory_bytes(device)
+    memory = device_memory(device)
     room = SHARE_OF_MEMORY * memory
     needs = {name: each * trainable + frozen_bytes for name, each in BYTES_PER_PARAMETER.items()}
     name = next((name for name, needed in needs.items() if needed <= room), list(needs)[-1])
@@ -90,7 +90,9 @@ def choose(model: nn.Module, device: torch.device | str | None = None) -> tuple[
     )
 
 
-def _memory_bytes(device: torch.device) -> int:
+def device_memory(device: torch.device | None = None) -> int:
+    """Bytes of memory of `device`; of the first GPU, or of this machine where there is none, if None."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -48,7 +48,7 @@ def test_another_type_is_refused(policy: object) -> None:
     ("memory_bytes", "name"), [(2000e6, "bf16-islands"), (1100e6, "bf16-8bit"), (900e6, "int8"), (1e6, "int8")]
 )
 def test_the_choice_follows_memory(memory_bytes: float, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "_memory_bytes", lambda device: int(memory_bytes))
+    monkeypatch.setattr(presets, "device_memory", lambda device: int(memory_bytes))
     with torch.device("meta"):
         model = nn.Linear(10_000, 10_000, bias=False)
     policy, why = choose(model, "cpu")
@@ -58,7 +58,7 @@ def test_the_choice_follows_memory(memory_bytes: float, name: str, monkeypatch: 
 
 
 def test_frozen_parameters_need_no_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "_memory_bytes", lambda device: int(400e6))
+    monkeypatch.setattr(presets, "device_memory", lambda device: int(400e6))
     with torch.device("meta"):
         model = nn.Linear(10_000, 10_000, bias=False).requires_grad_(False)
     assert choose(model, "cpu")[0].name == "bf16-islands"

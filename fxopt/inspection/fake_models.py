@@ -1,0 +1,31 @@
+"""Models on fake tensors: everything of a model but its numbers, and so without memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from fxopt.precision.annotate import annotate
+from fxopt.precision.policy import Policy
+
+
+def fake_model(config: PretrainedConfig, policy: str | Policy | None) -> tuple[Any, FakeTensorMode]:
+    """A causal LM under `policy`, and the mode that its tensors live in. Raises what `fxopt.annotate` raises."""
+    mode = FakeTensorMode()
+    with mode:
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return annotate(model, policy, emulate=True), mode  # what is not computed needs no hardware for it
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let `model` compute activations again in the backward. Raises ValueError if it cannot."""
+    name = "activation_checkpointing_enable"  # as transformers now calls it
+    enable = getattr(model, name, None) or getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ValueError(f"{type(model).__name__} has no activation checkpointing; leave checkpointing off")
+    enable()

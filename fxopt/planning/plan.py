@@ -1,0 +1,306 @@
+"""`fxopt.plan`: what a training step takes under each policy, how much fits, and which policy to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from rich.console import Console, RenderableType
+from torch import nn
+from transformers import PretrainedConfig
+
+from fxopt.inspection.configurations import configuration_of
+from fxopt.inspection.fake_models import fake_model
+from fxopt.inspection.inspector import longest_sequence
+from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
+from fxopt.precision.policy import Policy
+from fxopt.precision.presets import device_memory, resolve
+
+Accuracy = Literal["critical", "normal", "tolerant"]
+POLICIES = ("fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit", "int8")
+SEQUENCE_LENGTH = 2048  # where nothing is asked for; less if the model takes less
+MOST_ROWS = 1 << 16
+MOST_TRIALS = 12
+# From the one that follows float32 training closest to the smallest that still does as well as can be asked.
+PREFERRED: dict[Accuracy, tuple[str, ...]] = {
+    "critical": ("fp32", "bf16-islands", "bf16"),
+    "normal": ("bf16-islands", "bf16", "bf16-8bit", "int8"),
+    "tolerant": ("bf16-8bit", "bf16-islands", "bf16", "int8"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training step under a policy: bytes on each device at the moment that takes most, and what runs then.
+
+    `gathered` is what sharded training holds of other devices' parameters. `batch_size` is in rows on each device; 0
+    if not even one fits: the bytes are then those of one.
+    """
+
+    policy: str
+    checkpointing: bool
+    release_gradients: bool
+    batch_size: int
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    workspace: int
+    gathered: int
+    place: str
+
+    @property
+    def peak(self) -> int:
+        return sum(getattr(self, part) for part in PARTS)
+
+
+PARTS = ("weights", "optimizer", "gradients", "activations", "workspace", "gathered")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of a training step under several policies, and which of them to take. All sizes are bytes."""
+
+    model: str
+    num_parameters: int
+    sequence_length: int
+    num_devices: int
+    memory: int
+    is_largest: bool  # whether each batch size is the largest that fits into `memory`
+    rows: tuple[Row, ...]
+    recommended: Row | None
+    why: str
+    notes: tuple[str, ...] = ()
+
+    def __rich__(self) -> RenderableType:
+        from fxopt.planning.render import as_table
+
+        return as_table(self)
+
+    def __str__(self) -> str:
+        console = Console(width=140, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan to a file: .html (a page that opens from disk), .json or .txt. Raises ValueError for others."""
+        from fxopt.planning.render import as_html, as_json
+
+        path = Path(path)
+        writers: dict[str, Callable[[Plan], str]] = {".html": as_html, ".json": as_json, ".txt": str}
+        if path.suffix not in writers:
+            raise ValueError(f"{path}: a plan is written as {', '.join(writers)}")
+        path.write_text(writers[path.suffix](self), encoding="utf-8")
+        return path
+
+
+def plan(
+    model: nn.Module | PretrainedConfig | str | Path,
+    policies: Sequence[str | Policy] = POLICIES,
+    *,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    memory: int | None = None,
+    num_devices: int = 1,
+    accuracy: Accuracy = "normal",
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> Plan:
+    """What a training step of `model` takes under each of `policies`, without running one.
+
+    A step is simulated on fake tensors (`fxopt.planning.simulate`), with activations kept and computed again, and with
+    gradients kept and released. Its peak is that of every step but the first, which has no optimizer states yet.
+
+    Args:
+        model: a configuration, or the name of one as in `fxopt.inspect`; of a model, its configuration is taken.
+        policies: presets' names or policies.
+        batch_size: rows on each device. None: the largest that fits into `memory`, or 1 if that is not given either.
+        sequence_length: tokens in each row; 2048, or the most that the model takes.
+        memory: bytes of one device. None: of this machine's.
+        num_devices: shard weights, gradients and optimizer states over so many (FSDP).
+        accuracy: how much depends on the last digit of the loss: "critical", "normal" or "tolerant". It decides which
+            policies are recommended first.
+        on_progress: called before each simulation with its number, how many there are, and what it is of.
+
+    Raises:
+        ValueError: sizes that cannot be, a sequence that is too long, no such model (`UnknownModelError`).
+        PolicyError: a policy is unknown, or does not fit.
+    """
+    for name, size in (("batch_size", batch_size), ("num_devices", num_devices), ("memory", memory)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it is a number from 1 on")
+    if accuracy not in get_args(Accuracy):
+        raise ValueError(f"unknown accuracy {accuracy!r}; known: {', '.join(get_args(Accuracy))}")
+    config = configuration_of(model.config if isinstance(model, nn.Module) else model)  # type: ignore[arg-type]
+    sequence_length = _checked_length(sequence_length, longest_sequence(config))
+    like, _ = fake_model(config, "bf16")
+    resolved = [resolve(policy, like) for policy in policies]
+    budget = device_memory() if memory is None else memory
+    limit = budget if batch_size is None and memory is not None else None
+    planner = _Planner(config, sequence_length, num_devices, batch_size or 1, limit)
+    rows: list[Row] = []
+    jobs = [(policy, checkpointing) for policy in resolved for checkpointing in (False, True)]
+    for number, (policy, checkpointing) in enumerate(jobs):
+        if on_progress is not None:
+            on_progress(number, len(jobs), policy.name + ", activations computed again" * checkpointing)
+        rows += planner.rows(policy, checkpointing)
+    recommended, why = recommend(rows, sum(p.numel() for p in like.parameters()), budget, accuracy)
+    return Plan(
+        model=type(like).__name__,
+        num_parameters=sum(parameter.numel() for parameter in like.parameters()),
+        sequence_length=sequence_length,
+        num_devices=num_devices,
+        memory=budget,
+        is_largest=limit is not None,
+        rows=tuple(rows),
+        recommended=recommended,
+        why=why,
+        notes=tuple(dict.fromkeys(planner.notes)),
+    )
+
+
+def _checked_length(sequence_length: int | None, longest: int | None) -> int:
+    if sequence_length is None:
+        return min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)
+    if sequence_length < 1 or (longest is not None and sequence_length > longest):
+        raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {longest or 'any'} tokens")
+    return sequence_length
+
+
+class _Planner:
+    def __init__(
+        self, config: PretrainedConfig, sequence_length: int, num_devices: int, batch_size: int, limit: int | None
+    ):
+        self.config, self.sequence_length, self.num_devices = config, sequence_length, num_devices
+        self.batch_size, self.limit = batch_size, limit
+        self.notes: list[str] = []
+        self._simulations: dict[Hashable, Simulation] = {}  # policies that differ in their states alone share one
+
+    def rows(self, policy: Policy, checkpointing: bool) -> Iterator[Row]:
+        try:
+            simulation = self._simulation(policy, checkpointing)
+            states = optimizer_bytes(self.config, policy)
+            for release in (False, True):
+                yield self._row(simulation, policy.name, checkpointing, release, states)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.notes.append(f"{policy.name}{' with checkpointing' * checkpointing} is left out: {reason}")
+
+    def _simulation(self, policy: Policy, checkpointing: bool) -> Simulation:
+        key = graph_key(policy), checkpointing
+        if key not in self._simulations:
+            self._simulations[key] = Simulation(self.config, policy, checkpointing)
+        return self._simulations[key]
+
+    def _row(self, simulation: Simulation, policy: str, checkpointing: bool, release: bool, states: int) -> Row:
+        blank = Row(policy, checkpointing, release, 1, 0, 0, 0, 0, 0, 0, "")
+        gathered = gathered_bytes(simulation) if self.num_devices > 1 else 0
+
+        def row(batch_size: int) -> Row:
+            step = simulation.step(batch_size, self.sequence_length)
+            moment: Moment = step.released if release else step.kept
+            share = self.num_devices
+            return replace(
+                blank,
+                batch_size=batch_size,
+                weights=-(-step.weights // share),
+                optimizer=-(-states // share),
+                gradients=-(-moment.gradients // share),
+                activations=moment.activations,
+                workspace=moment.workspace,
+                gathered=gathered,
+                place=moment.place,
+            )
+
+        if self.limit is None:
+            return row(self.batch_size)
+        largest = largest_batch(lambda batch_size: row(batch_size).peak, self.limit)
+        return row(largest) if largest else replace(row(1), batch_size=0)
+
+
+def largest_batch(peak_of: Callable[[int], int], limit: int) -> int:
+    """The largest batch whose peak is within `limit`, 0 if not even one row's is.
+
+    The peak grows with the batch, nearly in proportion, so that the line through two of them leads close to the answer.
+    """
+    fits, too_large = 0, MOST_ROWS + 1
+    known: dict[int, int] = {}
+    guess = 2
+    for _ in range(MOST_TRIALS):
+        known[guess] = peak_of(guess)
+        if known[guess] <= limit:
+            fits = guess
+        else:
+            too_large = guess
+        if too_large - fits == 1:
+            break
+        guess = 2 * guess
+        if len(known) > 1:
+            (b1, p1), (b2, p2) = sorted(known.items())[-2:]
+            guess = b1 + (limit - p1) * (b2 - b1) // max(p2 - p1, 1)
+        guess = min(max(guess, fits + 1), too_large - 1)
+    return fits
+
+
+def gathered_bytes(simulation: Simulation) -> int:
+    """What FSDP holds whole beside its shards: weights of two blocks, the gradient of one, and what is in no block."""
+    model = simulation.model
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    blocks = list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
+    size = simulation.policy.default.activation.itemsize
+    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+    inside = sum(p.numel() for block in blocks for p in block.parameters())
+    outside = sum(p.numel() for p in model.parameters()) - inside
+    return size * (3 * largest + outside)
+
+
+def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: Accuracy) -> tuple[Row | None, str]:
+    """The row to take, and why, in two sentences.
+
+    By accuracy first: a step that is computed twice, or whose gradients are used up inside backward, is as accurate.
+    Then by time: activations are computed again only where nothing else fits.
+    """
+    if not rows:
+        return None, "No policy could be simulated. The notes say why."
+    order = PREFERRED[accuracy]
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        order = ("fp32",)  # this GPU has no bfloat16 arithmetic
+    ranked = sorted(
+        (row for row in rows if row.policy in order),
+        key=lambda row: (order.index(row.policy), row.checkpointing, row.release_gradients),
+    )
+    fitting = [row for row in ranked if row.batch_size and row.peak <= memory]
+    size, room = f"{num_parameters / 1e9:.2f} G parameters", f"{memory / 1e9:.1f} GB"
+    if not fitting:
+        smallest = min(rows, key=lambda row: row.peak)
+        return None, (
+            f"None of these fits {size} into {room}. The smallest is {_described(smallest)}, with "
+            f"{smallest.peak / 1e9:.1f} GB: take more devices, shorter rows, or adapters (PEFT) on a frozen model."
+        )
+    best = fitting[0]
+    passed = [policy for policy in order[: order.index(best.policy)] if any(row.policy == policy for row in rows)]
+    first = (
+        f"{', '.join(passed)} would be closer to float32 and does not fit {size} into {room}, so "
+        if passed
+        else f"Where accuracy is {accuracy}, "
+    )
+    first += f"{_described(best)} is the one to take: {best.peak / 1e9:.1f} of {room} at {best.batch_size} rows."
+    return best, f"{first} {_CLOSENESS[best.policy]}"
+
+
+def _described(row: Row) -> str:
+    more = [text for text, is_so in (("activations computed again", row.checkpointing),
+                                     ("gradients released", row.release_gradients)) if is_so]  # fmt: skip
+    return row.policy + (f" with {' and '.join(more)}" if more else "")
+
+
+_CLOSENESS = {
+    "fp32": "It is float32 training itself: no update and no activation is rounded to two bytes.",
+    "bf16-islands": "Its weights take two bytes, its norms four, and stochastic rounding loses no update.",
+    "bf16": "Its weights take two bytes, and stochastic rounding loses no update.",
+    "bf16-8bit": "Its weights take two bytes, its norms four, and its optimizer states one byte each.",
+    "int8": "Its matrices take one byte: compare its loss with bf16's in a short run before a long one.",
+}

@@ -1,9 +1,9 @@
 """How close `fxopt.plan` comes: predicted peak memory of a training step beside that of real steps.
 
-A real step runs in a fresh process, on random tokens: what PyTorch's allocator hands out is added up from its own events
-over the third step, on top of the weights and optimizer states that are held. On the CPU the process's resident set is
-shown beside it: above what it was after a step of a tiny model, so without the libraries, but with their caches and with
-what the C library keeps of freed memory, which no plan knows.
+A real step runs in a fresh process, on random tokens. Measured is what PyTorch's allocator hands out, added up from its
+own events over one step, on top of the weights and optimizer states that are held. On the CPU the process's resident
+set is shown beside it, above what it was before the model was made and after a step of a tiny one: without the
+libraries, but with their caches and with what the C library keeps of freed memory, which no plan knows.
 """
 
 import argparse

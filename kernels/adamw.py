@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, on_device, tl, triton
-from fxopt.kernels.rounding import Rounding, add_noise_, cut_, noise_key, step_noise
+from fxopt.kernels.rounding import NOISE_NUMEL, Rounding, add_noise_, cut_, noise_key, step_noise
 
 # One chunk of a parameter is updated while it lies in the cache. Smaller chunks pay for launches: a bare loop over
 # 134.5 M parameters took 104 ms with 128 Ki elements and 81 ms with 512 Ki, on two cores.
@@ -174,6 +174,17 @@ def foreach_adamw_(
             _update_in_chunks(group, step_count, hyper, rounding, seed)
     for param, dense in copies:
         param.copy_(dense)
+
+
+def workspace_bytes(numel: int, *, stochastic: bool, num_states: int = 0) -> int:
+    """What the update of `numel` elements of two bytes holds at most beside its arguments, on the CPU.
+
+    It goes through float32 copies of a chunk, and draws the noise of a step; with quantized states, of which there are
+    `num_states` for each element, one after the other.
+    """
+    copies = 4 * (2 + num_states) * min(numel, CHUNK_NUMEL)
+    noise = NOISE_NUMEL * 6 if stochastic else 0
+    return max(copies, noise) if num_states else copies + noise
 
 
 @dataclass(frozen=True)

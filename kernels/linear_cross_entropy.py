@@ -311,15 +311,23 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
     `options` are its other arguments. Rows without a label at the end of each sequence are left out where a model
     shifts its labels.
     """
-    *_, want_hidden, want_weight, _ = options
-    itemsize, width = hidden.element_size(), hidden.shape[1]
+    *_, softcap, _, _, want_hidden, want_weight, want_bias = options
+    itemsize, width, wide = hidden.element_size(), hidden.shape[1], compute_dtype(hidden).itemsize
     num_rows, vocabulary = -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE, weight.shape[0]
     chunks = _chunks(num_rows, vocabulary * itemsize)
-    buffer = max((chunk.stop - chunk.start for chunk in chunks), default=0) * vocabulary * itemsize
-    rows = num_rows * width * itemsize * (1 + want_hidden)
-    wide = compute_dtype(hidden)
-    is_wider = want_weight and len(chunks) != 1 and wide != weight.dtype
-    return buffer + rows + (weight.numel() * wide.itemsize if is_wider else 0)
+    chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    held = chunk_rows * vocabulary * itemsize + num_rows * width * itemsize * (1 + want_hidden)
+    copies = 2 if softcap is not None and (want_hidden or want_weight or want_bias) else 1
+    scratch = copies * min(chunk_rows, _softmax_step(vocabulary, copies)) * vocabulary * wide
+    if not want_weight or len(chunks) == 1 or wide == itemsize:
+        return held + scratch
+    # The weight's gradient is summed in float32; its result comes when the softmax is done.
+    return held + weight.numel() * wide + max(0, scratch - weight.numel() * itemsize)
+
+
+def _softmax_step(vocabulary: int, copies: int) -> int:
+    """Rows whose float32 copies fit the softmax's working set on the CPU."""
+    return max(1, _SOFTMAX_BYTES // (4 * vocabulary * copies))
 
 
 def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
@@ -364,7 +372,7 @@ def _softmax_rows(logits: Tensor, labels: Tensor, scales: Tensor | None, losses:
     logit_scale, softcap, smoothing, z_loss = options
     factor = logit_scale if softcap is None else softcap
     keep_tanh = softcap is not None and scales is not None
-    step = max(1, _SOFTMAX_BYTES // (4 * vocabulary * (2 if keep_tanh else 1)))
+    step = _softmax_step(vocabulary, 2 if keep_tanh else 1)
     scratch = logits.new_empty(min(step, num_rows), vocabulary, dtype=compute_dtype(logits))
     tanh_scratch = torch.empty_like(scratch) if keep_tanh else scratch
     for start in range(0, num_rows, step):

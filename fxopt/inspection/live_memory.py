@@ -79,10 +79,9 @@ class LiveMemory:
 
     def note_peak(self, at: Any, workspace: int = 0) -> None:
         """Compare what is alive now, and the workspace of what runs, with the peaks so far."""
-        live: dict[Kind, int] = dict(self._bytes_of)
-        live["workspace"] = workspace
-        released: dict[Kind, int] = {kind: size for kind, size in live.items() if kind != "gradients"}
+        live: dict[Kind, int] = {**self._bytes_of, "workspace": workspace}
         if sum(live.values()) > self.peak.total:
             self.peak = Peak(live, at)
+        released: dict[Kind, int] = {**live, "gradients": 0}
         if sum(released.values()) > self.peak_when_released.total:
             self.peak_when_released = Peak(released, at)

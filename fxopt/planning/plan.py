@@ -15,7 +15,8 @@ from transformers import PretrainedConfig
 from fxopt.inspection.configurations import configuration_of
 from fxopt.inspection.fake_models import fake_model
 from fxopt.inspection.inspector import longest_sequence
-from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
+from fxopt.kernels.adamw import workspace_bytes
+from fxopt.planning.simulate import Moment, Simulation, Step, graph_key, optimizer_bytes
 from fxopt.precision.policy import Policy
 from fxopt.precision.presets import device_memory, resolve
 
@@ -184,7 +185,7 @@ class _Planner:
             simulation = self._simulation(policy, checkpointing)
             states = optimizer_bytes(self.config, policy)
             for release in (False, True):
-                yield self._row(simulation, policy.name, checkpointing, release, states)
+                yield self._row(simulation, policy, checkpointing, release, states)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.notes.append(f"{policy.name}{' with checkpointing' * checkpointing} is left out: {reason}")
@@ -195,13 +196,13 @@ class _Planner:
             self._simulations[key] = Simulation(self.config, policy, checkpointing)
         return self._simulations[key]
 
-    def _row(self, simulation: Simulation, policy: str, checkpointing: bool, release: bool, states: int) -> Row:
-        blank = Row(policy, checkpointing, release, 1, 0, 0, 0, 0, 0, 0, "")
+    def _row(self, simulation: Simulation, policy: Policy, checkpointing: bool, release: bool, states: int) -> Row:
+        blank = Row(policy.name, checkpointing, release, 1, 0, 0, 0, 0, 0, 0, "")
         gathered = gathered_bytes(simulation) if self.num_devices > 1 else 0
 
         def row(batch_size: int) -> Row:
             step = simulation.step(batch_size, self.sequence_length)
-            moment: Moment = step.released if release else step.kept
+            moment: Moment = step.released if release else max(step.kept, _update(step, policy), key=_total)
             share = self.num_devices
             return replace(
                 blank,
@@ -219,6 +220,20 @@ class _Planner:
             return row(self.batch_size)
         largest = largest_batch(lambda batch_size: row(batch_size).peak, self.limit)
         return row(largest) if largest else replace(row(1), batch_size=0)
+
+
+def _update(step: Step, policy: Policy) -> Moment:
+    """The moment of the optimizer's step."""
+    precision, workspace = policy.default, 0
+    if precision.storage != torch.float32:
+        num_states = 0 if precision.optimizer_state == "float32" else 2
+        numel = step.weights // precision.storage.itemsize
+        workspace = workspace_bytes(numel, stochastic=precision.rounding == "stochastic", num_states=num_states)
+    return Moment(0, step.gradients, workspace, "the optimizer's step")
+
+
+def _total(moment: Moment) -> int:
+    return moment.activations + moment.gradients + moment.workspace
 
 
 def largest_batch(peak_of: Callable[[int], int], limit: int) -> int:

@@ -1,0 +1,187 @@
+"""A plan against the real thing, its search for the largest batch, its advice, and what it says of bad input."""
+
+import gc
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+
+import fxopt
+from benchmarks.plan_accuracy import allocated_at_most
+from fxopt.planning.plan import PARTS, Plan, Row, largest_batch, recommend
+from fxopt.planning.simulate import Simulation
+
+SIZES = {
+    "vocab_size": 3000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def config(**changes):
+    return LlamaConfig(**{**SIZES, **changes})
+
+
+def measured(policy, checkpointing, release_gradients, shape, of):
+    """The peak of a real step: what is held between steps, and what the allocator hands out in one."""
+    torch.manual_seed(0)
+    model = fxopt.optimize(LlamaForCausalLM(of), policy, prove=False)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = fxopt.optimizer(model, lr=1e-4, release_gradients=release_gradients)
+    ids = torch.randint(0, of.vocab_size, shape)
+
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    gc.collect()
+    return fxopt.footprint(model, optimizer).total + allocated_at_most(step)
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (1, 200)])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("policy", ["fp32", "mixed", "bf16", "bf16-8bit"])
+def test_the_peak_is_that_of_a_real_step(policy, tied, shape):
+    of = config(tie_word_embeddings=tied)
+    rows = fxopt.plan(of, [policy], batch_size=shape[0], sequence_length=shape[1]).rows
+    for row in rows[0], rows[2]:
+        assert not row.release_gradients
+        assert row.peak == pytest.approx(measured(policy, row.checkpointing, False, shape, of), rel=0.05)
+
+
+def test_checkpointing_takes_less_of_long_rows_and_released_gradients_of_short_ones():
+    kept, released, again, both = fxopt.plan(config(), ["bf16"], batch_size=8, sequence_length=256).rows
+    assert both.peak <= again.peak < released.peak <= kept.peak
+    assert again.activations < kept.activations / 2
+    kept, released, again, both = fxopt.plan(config(), ["bf16"], batch_size=1, sequence_length=16).rows
+    assert both.peak <= released.peak < min(again.peak, kept.peak)
+    assert released.gradients == both.gradients == 0 < again.gradients <= kept.gradients
+
+
+def test_the_place_of_the_peak():
+    assert "linear_cross_entropy" in fxopt.plan(config(), ["bf16"], batch_size=8, sequence_length=256).rows[0].place
+    deep = config(num_hidden_layers=12, vocab_size=64, tie_word_embeddings=False)
+    place = fxopt.plan(deep, ["fp32"], batch_size=8, sequence_length=256).rows[0].place
+    assert place.startswith("backward of model.layers.11.") and "modeling_llama.py:" in place
+
+
+def test_states_and_weights_are_those_of_the_policy():
+    fp32, mixed, bf16, int8 = (
+        fxopt.plan(config(), [name], batch_size=1, sequence_length=32).rows[0]
+        for name in ("fp32", "mixed", "bf16", "int8")
+    )
+    assert fp32.weights == mixed.weights and fp32.optimizer == mixed.optimizer == bf16.optimizer
+    assert bf16.weights == pytest.approx(fp32.weights / 2, rel=0.01)
+    assert int8.weights < 0.6 * bf16.weights and int8.optimizer < 0.4 * bf16.optimizer
+
+
+def test_the_largest_batch_fits_and_one_row_more_does_not():
+    simulation = Simulation(config(), "bf16")
+
+    def total(batch_size):
+        step = simulation.step(batch_size, 64)
+        return step.weights + step.kept.activations + step.kept.gradients + step.kept.workspace
+
+    held = fxopt.plan(config(), ["bf16"], batch_size=1, sequence_length=64).rows[0]
+    memory = held.optimizer + (total(37) + total(38)) // 2
+    found = fxopt.plan(config(), ["bf16"], sequence_length=64, memory=memory)
+    assert found.is_largest and found.rows[0].batch_size == 37
+    assert all(row.peak <= memory for row in found.rows)
+    assert found.rows[2].batch_size > 37  # checkpointing makes room
+    (none, *_) = fxopt.plan(config(), ["bf16"], sequence_length=64, memory=held.weights).rows
+    assert none.batch_size == 0 and none.peak > held.weights
+
+
+@pytest.mark.parametrize("answer", [0, 1, 2, 3, 17, 1000, 65536])
+@pytest.mark.parametrize("bend", [1, 10, 300])
+def test_the_search_on_bent_lines(answer, bend):
+    def peak(batch_size):
+        return 100 * batch_size + (7 * (batch_size - bend) if batch_size > bend else 0)
+
+    calls = []
+    found = largest_batch(lambda size: calls.append(size) or peak(size), peak(answer) if answer else 99)
+    assert found == answer and len(calls) == len(set(calls)) <= 12
+
+
+def test_sharding_divides_what_is_held_and_not_the_activations():
+    one, four = (
+        fxopt.plan(config(), ["bf16"], batch_size=2, sequence_length=64, num_devices=n).rows[0] for n in (1, 4)
+    )
+    assert four.weights == -(-one.weights // 4) and four.optimizer == -(-one.optimizer // 4)
+    assert four.activations == one.activations and one.gathered == 0 < four.gathered
+
+
+def test_two_policies_that_differ_in_their_states_are_simulated_once(monkeypatch):
+    made = []
+    real = Simulation.__init__
+    monkeypatch.setattr(Simulation, "__init__", lambda self, *a, **k: made.append(a) or real(self, *a, **k))
+    islands, small = fxopt.plan(config(), ["bf16-islands", "bf16-8bit"], batch_size=1, sequence_length=32).rows[::4]
+    assert len(made) == 2  # with activations kept, and computed again
+    assert islands.activations == small.activations and islands.optimizer > 2 * small.optimizer
+
+
+ROW = Row("bf16", False, False, 4, 100, 0, 0, 0, 0, 0, "")
+
+
+def rows_of(**peaks):
+    return [replace(ROW, policy=name.replace("_", "-"), weights=peak) for name, peak in peaks.items()]
+
+
+def test_the_advice_is_accuracy_first_then_what_fits():
+    rows = rows_of(fp32=400, bf16_islands=120, bf16_8bit=60)
+    assert recommend(rows, 10**9, 500, "critical")[0].policy == "fp32"
+    assert recommend(rows, 10**9, 200, "critical")[0].policy == "bf16-islands"
+    assert recommend(rows, 10**9, 500, "normal")[0].policy == "bf16-islands"
+    assert recommend(rows, 10**9, 100, "normal")[0].policy == "bf16-8bit"
+    assert recommend(rows, 10**9, 500, "tolerant")[0].policy == "bf16-8bit"
+    best, why = recommend(rows, 10**9, 10, "normal")
+    assert best is None and "smallest is bf16-8bit" in why and why.count(". ") == 1
+    again = [*rows, replace(rows[1], checkpointing=True, weights=90)]
+    assert recommend(again, 10**9, 100, "normal")[0].checkpointing  # before a smaller policy
+
+
+def test_what_is_written(tmp_path):
+    found = fxopt.plan(config(), ["bf16", "int8"], batch_size=2, sequence_length=32)
+    data = json.loads(found.save(tmp_path / "plan.json").read_text())
+    assert data["schema"] == "fxopt.plan" and data["rows"][data["recommended"]]["policy"] == found.recommended.policy
+    assert [sum(row[part] for part in PARTS) for row in data["rows"]] == [row["peak"] for row in data["rows"]]
+    page = found.save(tmp_path / "plan.html").read_text()
+    assert page.count("<tr class=") == len(found.rows) and found.why in page and "<script" not in page
+    assert found.save(tmp_path / "plan.txt").read_text() == str(found) and found.why.split(".")[0] in str(found)
+    with pytest.raises(ValueError, match=r"written as \.html, \.json, \.txt"):
+        found.save(tmp_path / "plan.pdf")
+
+
+def test_names_are_shown_as_text(tmp_path):
+    row = replace(ROW, policy="<script>alert(1)</script>", place="<b>")
+    found = Plan("<img>", 1, 8, 1, 1000, False, (row,), row, "why <i>", ("<u>",))
+    page = found.save(tmp_path / "plan.html").read_text()
+    assert not any(tag in page for tag in ("<script", "<img", "<b>", "<i>", "<u>"))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        fxopt.plan(config(), batch_size=0)
+    with pytest.raises(ValueError, match="takes 1 to 256 tokens"):
+        fxopt.plan(config(), sequence_length=300)
+    with pytest.raises(ValueError, match="known: critical, normal, tolerant"):
+        fxopt.plan(config(), accuracy="high")
+    with pytest.raises(fxopt.PolicyError, match="nearest: 'bf16'"):
+        fxopt.plan(config(), ["bf61"])
+
+
+def test_another_architecture_and_a_model_itself():
+    of = GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    rows = fxopt.plan(of, ["bf16"], batch_size=2).rows
+    assert len(rows) == 4 and rows[0].weights > 2 * 500 * 32
+    model = LlamaForCausalLM(config(num_hidden_layers=1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert fxopt.plan(model, ["bf16"], batch_size=1, sequence_length=16).rows
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "forward" not in vars(model)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fxopt.api import inspect, optimize, optimizer, report, restore, verify
+    from fxopt.diagnosis.doctor import doctor
     from fxopt.planning.plan import plan
     from fxopt.precision.annotate import annotate
     from fxopt.precision.footprint import footprint
@@ -24,6 +25,7 @@ _MODULE_OF_NAME = {
     "report": "fxopt.api",
     "restore": "fxopt.api",
     "verify": "fxopt.api",
+    "doctor": "fxopt.diagnosis.doctor",
     "annotate": "fxopt.precision.annotate",
     "monitor": "fxopt.precision.monitor",
     "Policy": "fxopt.precision.policy",
@@ -41,6 +43,7 @@ __all__ = [
     "Precision",
     "Selector",
     "annotate",
+    "doctor",
     "footprint",
     "inspect",
     "monitor",

@@ -20,10 +20,10 @@ FILE_WIDTH = 140
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0, 1 where a condition of --fail-if holds, 2 where the command cannot be carried out."""
+    """Run the command. Returns 0; 1 where a --fail-if holds or fxopt does not work here; 2 where it cannot be run."""
     parser = argparse.ArgumentParser(prog="fxopt", description="See before you train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_inspect, _add_diff, _add_plan):
+    for add in (_add_inspect, _add_diff, _add_plan, _add_doctor):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -193,11 +193,32 @@ def _bytes(text: str) -> int:
 def _check_size(name: str, size: int | None) -> None:
     if size is not None and size < 1:
         raise ValueError(f"--{name} is {size}; it takes a number from 1 on")
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what works on this machine, what is missing, and the command that mends it",
+        description="Compares versions with the ranges that fxopt declares, describes the devices, and tries every "
+        "preset and backend on one training step of a tiny model. Exits with 1 if training does not work with the "
+        "default preset, or a version is outside its range.",
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="what to train on, such as cpu or cuda:1 (the accelerator)")
+    parser.add_argument("--json", metavar="FILE", help="write what was found")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from fxopt.diagnosis.doctor import doctor
+
+    diagnosis = doctor(options.device, progress=sys.stderr.isatty())
+    _print(diagnosis)
+    if options.json is not None:
+        print(f"wrote {diagnosis.save(_with_ending(options.json, 'json'))}")
+    return 0 if diagnosis.works else FAILED
 
 
 def _print(what: Any) -> None:
     """To the terminal as wide as it is; to a file or a pipe as wide as needed."""
-    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(what)
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(what, crop=False)
 
 
 def _quiet() -> None:

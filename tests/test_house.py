@@ -33,6 +33,7 @@ FLOORS = {
     "fxopt.model_state": 0,
     "fxopt.inspection": 4,
     "fxopt.api": 5,
+    "fxopt.diagnosis": 6,
     "fxopt.cli": 6,
     "fxopt.integrations": 6,
     "fxopt": 7,

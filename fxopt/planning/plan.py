@@ -18,7 +18,7 @@ from fxopt.inspection.inspector import longest_sequence
 from fxopt.kernels.adamw import workspace_bytes
 from fxopt.planning.simulate import Moment, Simulation, Step, graph_key, optimizer_bytes
 from fxopt.precision.policy import Policy
-from fxopt.precision.presets import device_memory, resolve
+from fxopt.precision.presets import computes_bfloat16, device_memory, resolve
 
 Accuracy = Literal["critical", "normal", "tolerant"]
 POLICIES = ("fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit", "int8")
@@ -281,7 +281,7 @@ def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: A
     if not rows:
         return None, "No policy could be simulated. The notes say why."
     order = PREFERRED[accuracy]
-    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if torch.cuda.is_available() and not computes_bfloat16(torch.device("cuda")):
         order = ("fp32",)  # this GPU has no bfloat16 arithmetic
     ranked = sorted(
         (row for row in rows if row.policy in order),

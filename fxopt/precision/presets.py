@@ -1,5 +1,6 @@
 """The presets by name, and the choice among them."""
 
+import math
 import os
 
 import torch
@@ -74,7 +75,7 @@ def choose(model: nn.Module, device: torch.device | str | None = None) -> tuple[
     """
     parameters = list(model.parameters())
     device = torch.device(device) if device is not None else parameters[0].device
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if not computes_bfloat16(device):
         return named("fp32"), "This GPU has no bfloat16 arithmetic. Float32 is the only preset that runs well on it."
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     frozen_bytes = 2 * sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
@@ -88,6 +89,21 @@ def choose(model: nn.Module, device: torch.device | str | None = None) -> tuple[
         f"into {SHARE_OF_MEMORY:.0%} of the {memory / 1e9:.1f} GB of {device.type}. "
         "Of the presets that fit it is the one closest to float32 training; where none fits it is the smallest."
     )
+
+
+def limits(device: torch.device | str) -> dict[str, float]:
+    """Trainable parameters up to which `choose` takes each preset on `device`, in its order; infinite for the last."""
+    device = torch.device(device)
+    if not computes_bfloat16(device):
+        return {"fp32": math.inf}
+    room = SHARE_OF_MEMORY * device_memory(device)
+    most = {name: room / each for name, each in BYTES_PER_PARAMETER.items()}
+    return {**most, list(most)[-1]: math.inf}
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has bfloat16 arithmetic."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def device_memory(device: torch.device | None = None) -> int:

@@ -6,7 +6,7 @@ from torch import nn
 
 from fxopt.precision import presets
 from fxopt.precision.policy import Policy, PolicyError
-from fxopt.precision.presets import choose, policies, resolve
+from fxopt.precision.presets import choose, limits, policies, resolve
 
 ALL = ["fp32", "mixed", "mixed-stochastic", "bf16", "bf16-islands", "bf16-8bit", "int8", "fp8"]
 
@@ -62,3 +62,13 @@ def test_frozen_parameters_need_no_optimizer(monkeypatch: pytest.MonkeyPatch) ->
     with torch.device("meta"):
         model = nn.Linear(10_000, 10_000, bias=False).requires_grad_(False)
     assert choose(model, "cpu")[0].name == "bf16-islands"
+
+
+def test_the_limits_are_where_the_choice_changes():
+    edges = limits("cpu")
+    for name, number in list(edges.items())[:-1]:
+        for change, chosen in ((0.99, name), (1.01, None)):
+            model = torch.nn.Module()
+            model.weight = torch.nn.Parameter(torch.empty(int(change * number), device="meta"))
+            policy, _ = choose(model, "cpu")
+            assert policy.name == (chosen or list(edges)[list(edges).index(name) + 1])

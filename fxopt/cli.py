@@ -193,6 +193,8 @@ def _bytes(text: str) -> int:
 def _check_size(name: str, size: int | None) -> None:
     if size is not None and size < 1:
         raise ValueError(f"--{name} is {size}; it takes a number from 1 on")
+
+
 def _add_doctor(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",

@@ -47,6 +47,11 @@ def test_inspect_and_diff(model, tmp_path, capsys):
         (["inspect", "Llama-3.2-1B", "--policy", "bf61"], "unknown policy 'bf61'; nearest: 'bf16'"),
         (["inspect", "Llama-3.2-1B", "--seq", "0"], "--seq is 0"),
         (["inspect", "SmolLM2-135M", "--seq", "9000"], "takes 8192 at most"),
+        (["plan", "SmolLM2-135M", "--memory", "24 apples"], "a size such as 24GB"),
+        (["plan", "SmolLM2-135M", "--devices", "0"], "--devices is 0"),
+        (["plan", "SmolLM2-135M", "--policy", "bf16,bf61"], "unknown policy 'bf61'; nearest: 'bf16'"),
+        (["plan", "SmolLM2-135M", "--accuracy", "high"], "known: critical, normal, tolerant"),
+        (["plan", "SmolLM2-136M"], "unknown model 'SmolLM2-136M'; nearest: HuggingFaceTB/SmolLM2-"),
         (["diff", "a.json", "b.json"], "a.json cannot be read: No such file"),
         (["diff", "a.json", "b.json", "--fail-if", "many"], "'many' is no condition"),
     ],
@@ -62,3 +67,15 @@ def test_an_unknown_command(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["inspekt"])
     assert exit.value.code == WRONG_USE and "inspect" in capsys.readouterr().err
+
+
+def test_plan(model, tmp_path, capsys):
+    page = tmp_path / "plan.html"
+    command = ["plan", model, "--policy", "bf16,fp32", "--memory", "50MB", "--seq", "32", "--html", str(page)]
+    assert main([*command, "--json", str(tmp_path / "plan")]) == 0
+    printed = capsys.readouterr().out
+    assert "→ bf16" in printed and "the most rows × 32 tokens" in printed and f"wrote {page}" in printed
+    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert len(rows) == 8 and all(row["batch_size"] > 0 and row["peak"] <= 50e6 for row in rows)
+    assert main(["plan", model, "--policy", "bf16", "--memory", "100kB", "--seq", "32"]) == 1
+    assert "take more devices" in capsys.readouterr().out

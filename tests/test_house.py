@@ -34,6 +34,7 @@ FLOORS = {
     "fxopt.inspection": 4,
     "fxopt.api": 5,
     "fxopt.diagnosis": 6,
+    "fxopt.planning": 6,
     "fxopt.cli": 6,
     "fxopt.integrations": 6,
     "fxopt": 7,

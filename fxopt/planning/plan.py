@@ -88,7 +88,7 @@ class Plan:
         return captured.get()
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan to a file: .html (a page that opens from disk), .json or .txt. Raises ValueError for others."""
+        """Write the plan to a file: .html (a page that opens from disk), .json or .txt; ValueError for others."""
         from fxopt.planning.render import as_html, as_json
 
         path = Path(path)

@@ -55,8 +55,8 @@ def as_table(plan: Plan) -> RenderableType:
 
 
 def handling(row: Row) -> tuple[str, str]:
-    """What is done with activations and gradients, in a word each."""
-    return "again" if row.checkpointing else "kept", "released" if row.release_gradients else "kept"
+    """Whether activations are computed again, and what becomes of gradients, in a word each."""
+    return "yes" if row.checkpointing else "no", "released" if row.release_gradients else "kept"
 
 
 def fits(plan: Plan, row: Row) -> bool:
@@ -94,11 +94,11 @@ def _row(plan: Plan, row: Row, columns: list[str], widest: int, limit: str) -> s
         for part in columns
     )
     state = "chosen" if row == plan.recommended else "fits" if fits(plan, row) else "too-large"
-    activations, gradients = handling(row)
+    checkpointing, gradients = handling(row)
     numbers = "".join(
         f"<td>{text}" for text in (row.batch_size, *(in_bytes(getattr(row, p)) for p in columns), in_bytes(row.peak))
     )
     return (
-        f'<tr class="{state}"><th scope=row>{html.escape(row.policy)}<td>{activations}<td>{gradients}'
+        f'<tr class="{state}"><th scope=row>{html.escape(row.policy)}<td>{checkpointing}<td>{gradients}'
         f"<td class=bar><div>{bar}{limit}</div>{numbers}<td class=place>{html.escape(row.place)}"
     )

@@ -1,7 +1,7 @@
 """What precision costs a training run: how much of each update rounding lost, measured on a sample of the elements."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,33 @@ from fxopt.precision.optimizer import Optimizer
 from fxopt.precision.parameter_storage import is_int8
 from fxopt.precision.policy import Precision
 from fxopt.precision.roles import parameter_roles
-from fxopt.precision.update_samples import Sample, Sampler, Shadow
+from fxopt.precision.update_samples import Sample, Sampler, Shadow, chance_to_stay, rounding_variance
 
 # Sums over the elements of one row and one step, in this order.
 _SUMS = (
     "elements", "moving", "unchanged", "expected_unchanged", "unchanged_in_cast", "update_square", "weight_square",
-    "intended", "arrived", "subnormal_weights", "saturated_weights", "subnormal_gradients", "saturated_gradients",
+    "intended", "arrived", "noise_square",
+    "subnormal_weights", "saturated_weights", "subnormal_gradients", "saturated_gradients",
 )  # fmt: skip
+_EXTREMES = _SUMS[-4:]
 
 
 @dataclass(frozen=True)
 class RoundingCost:
     """One row: the parameters of one role in one param group, over all steps so far. Shares are of 1.
 
+    moving: the share of elements that float32 would have moved. The shares of updates that follow are shares of these.
     lost: the share of updates that rounding swallowed: the float32 update was not zero, and the stored value stayed.
         With stochastic rounding most values stay, and rightly; there it is what stayed beyond the expected share.
+    lost_error: the standard error of `lost`: elements are sampled, and stochastic rounding is drawn.
     unchanged, expected_unchanged: the share that stayed, and the share that unbiased stochastic rounding lets stay
         (None for the other roundings, and for int8).
     arrived: how much of the update is in the stored weights: sum of movements in the update's direction over the sum
         of updates. 1 without bias.
+    noise: root mean square of the noise that stochastic rounding adds to an update, over that of the updates, per step:
+        expected for bfloat16, also where it is rounded to the nearest and stochastic rounding would add it; measured
+        for int8. Noise has no direction: after n² steps in one direction an update stands above a noise of n. None
+        for float32 and Kahan's rounding, which have next to none, and where it `is_estimated`.
     lost_in_cast: the share of updates that moved a float32 weight, but not what it is cast to in the forward pass; None
         where nothing is cast, or the cast is stochastic.
     update_to_weight: root mean square of the updates over that of the weights, per step.
@@ -49,10 +57,13 @@ class RoundingCost:
     storage: str
     rounding: str
     steps: int
+    moving: float
     lost: float
+    lost_error: float
     unchanged: float
     expected_unchanged: float | None
     arrived: float | None
+    noise: float | None
     lost_in_cast: float | None
     update_to_weight: float
     subnormal_weights: float
@@ -64,7 +75,10 @@ class RoundingCost:
 
 
 class Monitor:
-    """Watches an optimizer; made by `fxopt.monitor`. `print` it for a table."""
+    """Watches an optimizer; made by `fxopt.monitor`. `print` it for a table.
+
+    labels: what the rows are, by parameter (Tensor), instead of the roles of `model`.
+    """
 
     def __init__(
         self,
@@ -73,6 +87,7 @@ class Monitor:
         *,
         samples: int = 256,
         compute: torch.dtype | None = None,
+        labels: Mapping[Any, str] | None = None,
     ) -> None:
         if samples < 1:
             raise ValueError(f"fxopt.monitor: samples={samples!r} must be 1 or more")
@@ -82,10 +97,10 @@ class Monitor:
             optimizer = optimizer.optimizer  # accelerate's wrapper
         self.optimizer = optimizer
         self._samples, self._compute = samples, compute
-        self._roles: dict[Tensor, str] = {}
-        if model is not None:
+        self._labels: dict[Tensor, str] = dict(labels or {})
+        if model is not None and labels is None:
             roles = parameter_roles(model)
-            self._roles = {parameter: str(roles[name]) for name, parameter in model.named_parameters()}
+            self._labels = {parameter: str(roles[name]) for name, parameter in model.named_parameters()}
         self._samplers: dict[Tensor, Sampler] = {}
         self._shadows: dict[int, Shadow] = {}
         self._before: dict[Tensor, Tensor] = {}
@@ -165,17 +180,19 @@ class Monitor:
         table = Table(title=f"what rounding cost, over {max(row.steps for row in rows)} steps")
         for heading in ("", "storage", "rounding"):
             table.add_column(heading, no_wrap=True)
-        for heading in ("lost", "unchanged", "expected", "arrived", "lost in cast", "update/weight"):
+        for heading in ("lost", "unchanged", "expected", "arrived", "noise", "lost in cast", "update/weight"):
             table.add_column(heading, justify="right")
         for heading in ("subnormal w, g", "saturated w, g", "state error"):
             table.add_column(heading, justify="right")
         for row in rows:
-            shares = row.lost, row.unchanged, row.expected_unchanged, row.arrived, row.lost_in_cast
+            shares = row.lost, row.unchanged, row.expected_unchanged, row.arrived
             table.add_row(
                 row.name + (" (estimated)" if row.is_estimated else ""),
                 row.storage,
                 row.rounding,
                 *map(_percent, shares),
+                "–" if row.noise is None else f"{row.noise:.2g}×",
+                _percent(row.lost_in_cast),
                 f"{row.update_to_weight:.1e}",
                 f"{_percent(row.subnormal_weights)}, {_percent(row.subnormal_gradients)}",
                 f"{_percent(row.saturated_weights)}, {_percent(row.saturated_gradients)}",
@@ -239,7 +256,7 @@ class Monitor:
                 row.add(samples)
 
     def _row(self, place: int, parameter: Tensor, formats: "_Formats", shadow: Shadow) -> "_Row":
-        name = f"{place}/{self._roles.get(parameter, 'all')}"
+        name = f"{place}/{self._labels.get(parameter, 'all')}"
         if name in self._rows and self._rows[name].formats != formats:  # one group of several dtypes
             name += f"/{formats.storage}".replace("torch.", "")
         return self._rows.setdefault(name, _Row(name, formats, shadow))
@@ -318,6 +335,11 @@ class _Row:
             )
             moving = intended != before
         update, stays = intended - before, moving & (after == before)
+        noise_square = torch.zeros_like(before)
+        if self.formats.storage == torch.bfloat16:
+            noise_square = rounding_variance(intended)
+        elif self.formats.storage == torch.int8:
+            noise_square = (after - intended).square()
         narrow = torch.bfloat16
         in_cast = moving & (after.to(narrow) == before.to(narrow))
         # An int8 weight is dequantized to the dtype of its scale, which it also shows as its own.
@@ -327,12 +349,13 @@ class _Row:
                 torch.ones_like(before).sum(),
                 moving.sum(),
                 stays.sum(),
-                (_chance_to_stay(before, intended) * moving).sum(),
+                (chance_to_stay(before, intended) * moving).sum(),
                 in_cast.sum(),
                 update.square().sum(),
                 before.square().sum(),
                 update.abs().sum(),
                 ((after - before) * update.sign()).sum(),
+                (noise_square * moving).sum(),
                 *_extremes(after, limits),
                 *_extremes(gradient, limits),
             ]).double()
@@ -350,13 +373,16 @@ class _Row:
             storage=str(self.formats.storage).removeprefix("torch."),
             rounding=self.formats.rounding,
             steps=len(self._sums),
+            moving=sums["moving"] / elements,
             lost=self.lost(sums),
+            lost_error=self._lost_error(sums),
             unchanged=sums["unchanged"] / moving,
             expected_unchanged=sums["expected_unchanged"] / moving if self.formats.is_stochastic else None,
             arrived=sums["arrived"] / sums["intended"] if self.shadow.exists and sums["intended"] else None,
+            noise=self._noise(sums),
             lost_in_cast=sums["unchanged_in_cast"] / moving if self.formats.is_cast else None,
             update_to_weight=_ratio(sums),
-            **{name: sums[name] / elements for name in _SUMS[9:]},
+            **{name: sums[name] / elements for name in _EXTREMES},
             state_error=state_error,
             is_estimated=not self.shadow.exists,
         )
@@ -367,6 +393,19 @@ class _Row:
         expected = sums["expected_unchanged"] if self.formats.is_stochastic else 0.0
         return max(0.0, (sums["unchanged"] - expected) / max(sums["moving"], 1.0))
 
+    def _lost_error(self, sums: dict[str, float]) -> float:
+        if self.formats.storage == torch.int8:
+            return sums["noise_square"] ** 0.5 / sums["intended"] if sums["intended"] else 0.0
+        moving = max(sums["moving"], 1.0)
+        share = sums["expected_unchanged" if self.formats.is_stochastic else "unchanged"] / moving
+        return max(0.0, share * (1 - share) / moving) ** 0.5
+
+    def _noise(self, sums: dict[str, float]) -> float | None:
+        is_noisy = self.formats.storage in (torch.bfloat16, torch.int8) and self.formats.rounding != "kahan"
+        if not is_noisy or not self.shadow.exists:
+            return None
+        return (sums["noise_square"] / sums["update_square"]) ** 0.5 if sums["update_square"] else 0.0
+
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else "0" if share == 0 else f"{share:.1%}"
@@ -374,15 +413,6 @@ def _percent(share: float | None) -> str:
 
 def _ratio(sums: dict[str, float]) -> float:
     return (sums["update_square"] / sums["weight_square"]) ** 0.5 if sums["weight_square"] else 0.0
-
-
-def _chance_to_stay(before: Tensor, intended: Tensor) -> Tensor:
-    """The probability that stochastic rounding of `intended` to bfloat16 gives `before`, a bfloat16 itself."""
-    bits = intended.contiguous().view(torch.int32)
-    below = (bits & -(1 << 16)).view(torch.float32)  # towards zero
-    above = ((bits & -(1 << 16)) + (1 << 16)).view(torch.float32)
-    up = (bits & ((1 << 16) - 1)).float() / (1 << 16)
-    return torch.where(below == before, 1 - up, torch.where(above == before, up, 0.0))
 
 
 def _extremes(values: Tensor, limits: torch.finfo) -> tuple[Tensor, Tensor]:

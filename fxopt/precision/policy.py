@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
@@ -16,6 +16,9 @@ from fxopt.kernels.rounding import Rounding
 from fxopt.precision.roles import Role
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from fxopt.precision.calibration import Calibration
     from fxopt.precision.policy_table import PolicyDiff
 
 OptimizerState = Literal["float32", "8bit", "4bit"]  # the last two are torchao's block-wise quantized states
@@ -197,6 +200,55 @@ class Policy:
         from fxopt.precision.presets import named
 
         return named(name)
+
+    @classmethod
+    def calibrate(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
+        lr: float = 1e-5,
+        *,
+        base: str | Policy = "bf16",
+        max_lost: float = 0.05,
+        max_noise: float = 20.0,
+        budget: float | None = None,
+        **options: Any,
+    ) -> Calibration:
+        """The cheapest policy that keeps what rounding loses of `model`'s updates under a bound, found by a few steps.
+
+        A copy of the model trains for `steps` steps under `base`, watched by `fxopt.monitor`. The modules that lose
+        more than the bound go to islands of float32; under a budget greedily, those first that take most lost updates
+        away for each byte. Another probe measures what is left. The model, its gradients and buffers, and the random
+        state stay as they are. It takes the memory of one more model and of its training step.
+
+        Nearest rounding loses an update, always the same one, that is smaller than half a step of the storage: there
+        the lost share counts, or where float32 is cast to bfloat16 by nearest rounding the share that the cast hides.
+        Stochastic rounding loses none on average, and its cost is noise. Where it would be cheaper than islands, the
+        result's `advice` says so and `alternative` is that policy.
+
+        model: with its trained weights: what is lost depends on their size. Not sharded.
+        batches: keyword arguments of the training call, labels included, on the model's device. The first `steps` are
+            taken, again from the first where there are fewer; each is one update.
+        lr: the learning rate of the training to come. What is lost depends on it: a warm-up's first steps lose more.
+        base: the policy to start from, a preset's name or a Policy. (It is not the policy that this is called on.)
+        max_lost: the largest share of a module's updates that may be lost. Were they lost at random, it would be like a
+            learning rate lower by as much, and none is tuned to 5 %.
+        max_noise: the largest noise that a module's updates may have, in root mean square over that of the updates of
+            a step. After n² steps in one direction an update stands above a noise of n: at 20, after 400. `math.inf`
+            for no bound.
+        budget: the most bytes that islands may add, per parameter of the whole model; None for as many as they need.
+        options: steps (8), samples (elements of each parameter that are looked at, 4096), seed, emulate (as in
+            `fxopt.annotate`); all others go to `fxopt.optimizer`: betas, eps, weight_decay, no_decay, kind, ….
+
+        Raises ValueError and TypeError (no batches, no loss, a loss that is not finite, an option out of range),
+        PolicyError (a policy that does not fit the model), and BudgetError, a PolicyError which carries the calibration
+        that was reached, where `budget` is too small for the bound.
+        """
+        from fxopt.precision.calibrate import calibrate
+
+        return calibrate(
+            model, batches, lr, base=base, max_lost=max_lost, max_noise=max_noise, budget=budget, **options
+        )
 
     def with_selectors(self, *selectors: Selector, name: str | None = None) -> Policy:
         """This policy with more selectors, which win over those it has. Called `name`, or "…-custom"."""

@@ -108,6 +108,26 @@ class Shadow:
         return {name: value for name, value in found.items() if torch.is_tensor(value) and value.shape == sample.shape}
 
 
+def chance_to_stay(before: Tensor, intended: Tensor) -> Tensor:
+    """The probability that stochastic rounding of `intended` to bfloat16 gives `before`, a bfloat16 itself."""
+    below, above, up = _neighbours(intended)
+    return torch.where(below == before, 1 - up, torch.where(above == before, up, 0.0))
+
+
+def rounding_variance(intended: Tensor) -> Tensor:
+    """The mean square of what stochastic rounding to bfloat16 adds to `intended`."""
+    below, above, up = _neighbours(intended)
+    return ((above - below).square() * up * (1 - up)).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _neighbours(exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two bfloat16 values around float32 ones, in float32, and the chance that the larger in size is drawn."""
+    bits = exact.contiguous().view(torch.int32)
+    below = bits & -(1 << 16)  # towards zero
+    up = (bits & ((1 << 16) - 1)).float() / (1 << 16)
+    return below.view(torch.float32), (below + (1 << 16)).view(torch.float32), up
+
+
 def _shadow_class(
     optimizer: torch.optim.Optimizer, group: dict[str, Any]
 ) -> Callable[..., torch.optim.Optimizer] | None:

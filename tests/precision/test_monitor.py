@@ -248,3 +248,38 @@ def test_a_group_of_two_dtypes_has_two_rows() -> None:
         parameter.grad = torch.ones_like(parameter)
     opt.step()
     assert {row.name: row.lost for row in seen.rows} == {"0/all": 1.0, "0/all/float32": 0.0}
+
+
+def test_noise_is_what_stochastic_rounding_adds() -> None:
+    """Expected from one step, against errors of many draws; the same under nearest rounding, and none in float32."""
+    row = watched(Optimizer([stored := weight()], lr=1e-4, weight_decay=0.0), stored, num_steps=1, samples=4096)
+    exact = nn.Parameter(weight().detach().float())
+    gradient = torch.randn(4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact.grad = gradient.float()
+    before = exact.detach().clone()
+    torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.0).step()
+    errors = []
+    for seed in range(30):
+        drawn = weight()
+        drawn.grad = gradient
+        Optimizer([drawn], lr=1e-4, weight_decay=0.0, seed=seed).step()
+        errors.append((drawn.detach().float() - exact.detach()).square().mean())
+    noise = (torch.stack(errors).mean().sqrt() / (exact.detach() - before).square().mean().sqrt()).item()
+    assert noise > 1 and row.noise == pytest.approx(noise, rel=0.03)
+    opt = torch.optim.AdamW([nearest := weight()], lr=1e-4, weight_decay=0.0)
+    assert watched(opt, nearest, num_steps=1, samples=4096).noise == pytest.approx(row.noise, rel=1e-3)
+    for rounding, dtype in (("kahan", torch.bfloat16), ("stochastic", torch.float32)):
+        opt = Optimizer([other := weight(dtype=dtype)], lr=1e-4, rounding=rounding)  # type: ignore[arg-type]
+        assert watched(opt, other).noise is None
+
+
+def test_the_standard_error_of_the_lost_share() -> None:
+    """Samples of one tensor at many places scatter by it."""
+    rows = []
+    for seed in range(30):
+        values = torch.randn(256, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        opt = torch.optim.AdamW([parameter := nn.Parameter(values)], lr=1e-3)
+        rows.append(watched(opt, parameter, num_steps=1))
+    lost = torch.tensor([row.lost for row in rows])
+    assert sum(row.lost_error for row in rows) / 30 == pytest.approx(lost.std().item(), rel=0.4)
+    assert all(row.moving == 1.0 for row in rows)

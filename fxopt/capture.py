@@ -81,6 +81,7 @@ class OptimizedForward:
         self._numbers: dict[Hashable, int] = {}  # of the kinds of call, in the report
         self._in_pieces: set[Hashable] = set()  # kinds of call whose graphs break where sizes depend on data
         self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
+        self._graphs_run = 0
         self.calls: list[CapturedCall] = []  # one of each kind
         self.observe: Observer | None = None  # sees each graph before the passes, after each, and as it runs
         self.runner: Callable[[fx.GraphModule], Callable[..., Any]] = lambda module: module.forward
@@ -103,7 +104,7 @@ class OptimizedForward:
         if kind in self._disabled:
             self.report.fallbacks[self._disabled[kind]] += 1
             return self.original(*args, **kwargs)
-        known_breaks = len(torch._dynamo.utils.graph_break_reasons)
+        known_breaks, graphs_run = len(torch._dynamo.utils.graph_break_reasons), self._graphs_run
         # A first call may fail after some of its graphs have run: then the next attempt starts where this one did.
         state = ModelState(self.model) if kind not in self._compiled else None
         if state is not None:
@@ -122,6 +123,8 @@ class OptimizedForward:
         if state is not None and not any(graph.kind == self._numbers[kind] for graph in self.report.graphs):
             self._disabled[kind] = "Dynamo captured no graph"
             self.report.fallbacks[self._disabled[kind]] += 1
+        elif self._graphs_run == graphs_run:
+            self.report.fallbacks[_TOO_MANY] += 1
         self._note_graph_breaks(known_breaks)
         return reveal_on_touch(outputs)
 
@@ -197,11 +200,18 @@ class OptimizedForward:
             from torch._inductor.compile_fx import compile_fx
 
             compiled: Any = compile_fx(module, example_inputs)
-            return wrap(compiled)
+            return wrap(self._counted(compiled))
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
         _checkpoint_eagerly(module)
-        return wrap(_without_cheap_results(self.runner(module)))
+        return wrap(self._counted(_without_cheap_results(self.runner(module))))
+
+    def _counted(self, graph: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self._graphs_run += 1
+            return graph(*args)
+
+        return run
 
     def _count_logits(self) -> None:
         self.report.logits_computed += 1
@@ -272,6 +282,11 @@ def _dynamo_config(**options: bool) -> Any:
 # Before, Dynamo complains in its log that it cannot write such a configuration down.
 _IGNORES_LOGGING = torch.__version__ >= "2.13"
 
+
+_TOO_MANY = (
+    "Dynamo captured this call too often (something in it changes from call to call) and runs the original code: see "
+    "torch._dynamo.config.recompile_limit"
+)
 
 _counter = itertools.count()
 

@@ -161,7 +161,7 @@ def _plan(options: argparse.Namespace) -> int:
     from fxopt.planning.plan import POLICIES, plan
 
     policies = [_policy(name) for name in options.policy.split(",")] if options.policy else POLICIES
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("")
         found = plan(
@@ -183,11 +183,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _bytes(text: str) -> int:
     """ "24GB", "80 GiB" or a number of bytes."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)(i?)B?\s*", text)
-    if found is None:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text.lower())
+    if found is None or float(found[1]) == 0 or (found[2] is None and float(found[1]) < 1e6):
         raise ValueError(f"--memory is {text!r}; it takes a size such as 24GB or 80GiB")
     number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
 def _check_size(name: str, size: int | None) -> None:

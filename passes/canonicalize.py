@@ -17,13 +17,14 @@ from fxopt.rewrite.graph import (
     storages_of,
     storages_written,
     tensor_of,
+    value_of,
 )
 from fxopt.rewrite.pipeline import simple_pass
 from fxopt.rewrite.spelling import spell_out
 
 
 def canonicalize(graph: fx.Graph) -> None:
-    """Spell every operation out, drop identities, and compute equal things once."""
+    """Spell every operation out, drop identities, and read sizes and compute equal things once."""
     spell_out(graph)
     for node in list(graph.nodes):
         if node.target is torch._C._log_api_usage_once and not node.users:
@@ -31,7 +32,43 @@ def canonicalize(graph: fx.Graph) -> None:
         elif (source := _identity_of(node)) is not None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+    read_sizes_once(graph)
     merge_equal_nodes(graph)
+
+
+def read_sizes_once(graph: fx.Graph) -> None:
+    """Write a fixed size as the number that it is, and take one that varies from the first value that has it.
+
+    Under activation checkpointing code asks each value for its sizes anew, and what is asked seems to be needed.
+    """
+    first: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        value = value_of(node)
+        varies = isinstance(value, torch.SymInt) and bool(value.node.expr.free_symbols)
+        known = first.setdefault(value.node.expr, node) if varies else value
+        if known is node or not isinstance(known, fx.Node | int) or not _asks_for_size(node):
+            continue
+        _use_instead(node, known)
+        shape = node.args[0]
+        graph.erase_node(node)
+        if isinstance(shape, fx.Node) and shape.target == "size" and not shape.users:
+            graph.erase_node(shape)
+
+
+def _use_instead(node: fx.Node, value: fx.Node | int) -> None:
+    def replaced(argument: fx.Node) -> Any:
+        return value if argument is node else argument
+
+    for user in list(node.users):
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), replaced)
+
+
+def _asks_for_size(node: fx.Node) -> bool:
+    """Whether a node is `x.size(i)`, or an item of `x.size()`."""
+    source = node.args[0] if node.args else None
+    if node.op == "call_method":
+        return node.target == "size"
+    return node.target is operator.getitem and isinstance(source, fx.Node) and source.target == "size"
 
 
 def _identity_of(node: fx.Node) -> Any:

@@ -5,8 +5,9 @@ attention on a GPU, and time and memory on a CPU. The mask is proven causal by c
 made of are run for several sizes and compared with the lower triangle.
 
 The proof covers every size that the graph is used for. A mask that depends on a tensor (padding, packed
-sequences) is not proven. One that depends on sizes alone is made of comparisons between positions and literals, so
-it can change its form only at a literal (a sliding window); the sizes tried go past the largest one.
+sequences) is not proven. One that depends on sizes alone is proven if it is made of sums and comparisons of positions
+and whole numbers: then it can change its form only where a position is one of these numbers or their sum (a sliding
+window), and the sizes tried go past that. Products, quotients and functions could change it anywhere: it stays.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxopt.rewrite.graph import dtype_of, module_path, outermost, shape_of, source_line, tensor_of, value_of
-from fxopt.rewrite.match import NearMiss
+from fxopt.rewrite.match import NearMiss, target_name
 from fxopt.rewrite.pipeline import Change, Outcome, Pass
 from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.spelling import arguments_of
 
 LARGEST_LITERAL = 128  # sizes past it are tried, and a mask for 130 sequences of 131 tokens is 2 MB
+# What keeps a mask linear in positions. One `cumsum` numbers packed sequences; two would be a square.
+_LINEAR = {
+    "add", "and_", "arange", "cumsum", "diff", "eq", "expand", "full", "ge", "getitem", "gt", "invert", "le",
+    "logical_and", "logical_not", "logical_or", "lt", "ne", "new_full", "new_ones", "new_zeros", "ones", "or_",
+    "reshape", "size", "squeeze", "sub", "to", "tril", "triu", "unsqueeze", "view", "zeros",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,34 @@ def _not_causal(node: fx.Node) -> str:
     mask = _made_of(node)
     if mask.objection:
         return mask.objection
-    largest = max((abs(number) for item in mask.nodes for number in _literals((item.args, item.kwargs))), default=0)
+    if mask.sizes and (objection := _not_linear(mask)):
+        return objection
+    largest = sum(abs(number) for item in mask.nodes for number in _literals((item.args, item.kwargs)))
     if mask.sizes and largest > LARGEST_LITERAL:
-        return f"the mask depends on the number {largest}: a sliding window or a chunk"
-    for offset in (1, 3) if mask.sizes else (0,):
-        # Distinct sizes, so that no size is taken for another.
-        sizes = {size: largest + offset + 1 + index for index, size in enumerate(mask.sizes)}
+        return f"the mask depends on numbers up to {largest:.0f}: a sliding window or a chunk"
+    # Each size is once the largest and once the smallest, by more than any sum of the numbers.
+    rising = [largest + 2 + index * (largest + 2) for index in range(len(mask.sizes))]
+    for lengths in (rising, [length + 1 for length in reversed(rising)]) if mask.sizes else ([],):
+        sizes = dict(zip(mask.sizes, map(int, lengths), strict=True))
         with unset_fake_temporarily():
             computed = _compute(node, mask, sizes)
             lower = torch.ones(computed.shape[-2:], dtype=torch.bool, device=computed.device).tril()
             if not torch.equal(computed, lower.expand_as(computed)):
                 return "the mask is not the lower triangle"
+    return ""
+
+
+def _not_linear(mask: _Mask) -> str:
+    """Why sizes that were not tried might give a mask of another form, or ''."""
+    for item in mask.nodes:
+        name, value = target_name(item), tensor_of(item)
+        if name not in _LINEAR or "alpha" in item.kwargs:
+            return f"the mask is calculated with `{name}`, so it may be causal for some sizes alone"
+        numbers = _literals((item.args, item.kwargs))
+        if any(isinstance(number, float) for number in numbers) or (value is not None and value.is_floating_point()):
+            return f"the mask is calculated in fractions (`{item.name}`), so it may be causal for some sizes alone"
+    if sum(target_name(item) == "cumsum" for item in mask.nodes) > 1:
+        return "the mask is calculated with several `cumsum`, so it may be causal for some sizes alone"
     return ""
 
 
@@ -94,7 +118,7 @@ def _made_of(node: fx.Node) -> _Mask:
         if item.op in ("placeholder", "get_attr"):
             if tensor_of(item) is not None:
                 return _Mask((), (), "the mask depends on a tensor: padding or packed sequences")
-            if not isinstance(value_of(item), torch.SymInt):
+            if not isinstance(value := value_of(item), torch.SymInt) or not value.node.expr.is_Symbol:
                 return _Mask((), (), f"the mask depends on `{item.name}`, which is not a size")
         pending += item.all_input_nodes
     sizes = tuple(sorted(item for item in found if item.op == "placeholder"))
@@ -111,14 +135,14 @@ def _compute(node: fx.Node, mask: _Mask, sizes: dict[fx.Node, int]) -> torch.Ten
     return result
 
 
-def _literals(value: Any) -> list[int]:
+def _literals(value: Any) -> list[float]:
     if isinstance(value, tuple | list):
         return [number for item in value for number in _literals(item)]
     if isinstance(value, dict):
         return _literals(list(value.values()))
     if isinstance(value, slice):
         return _literals([value.start, value.stop, value.step])
-    return [value] if type(value) is int else []
+    return [value] if type(value) in (int, float) else []
 
 
 RESTORE_CAUSAL_ATTENTION = Pass("restore_causal_attention", restore_causal_attention)

@@ -48,6 +48,8 @@ def test_inspect_and_diff(model, tmp_path, capsys):
         (["inspect", "Llama-3.2-1B", "--seq", "0"], "--seq is 0"),
         (["inspect", "SmolLM2-135M", "--seq", "9000"], "takes 8192 at most"),
         (["plan", "SmolLM2-135M", "--memory", "24 apples"], "a size such as 24GB"),
+        (["plan", "SmolLM2-135M", "--memory", "24"], "a size such as 24GB"),
+        (["plan", "SmolLM2-135M", "--memory", "1.2.3GB"], "a size such as 24GB"),
         (["plan", "SmolLM2-135M", "--devices", "0"], "--devices is 0"),
         (["plan", "SmolLM2-135M", "--policy", "bf16,bf61"], "unknown policy 'bf61'; nearest: 'bf16'"),
         (["plan", "SmolLM2-135M", "--accuracy", "high"], "known: critical, normal, tolerant"),
@@ -71,7 +73,7 @@ def test_an_unknown_command(capsys):
 
 def test_plan(model, tmp_path, capsys):
     page = tmp_path / "plan.html"
-    command = ["plan", model, "--policy", "bf16,fp32", "--memory", "50MB", "--seq", "32", "--html", str(page)]
+    command = ["plan", model, "--policy", "bf16,fp32", "--memory", "50mb", "--seq", "32", "--html", str(page)]
     assert main([*command, "--json", str(tmp_path / "plan")]) == 0
     printed = capsys.readouterr().out
     assert "→ bf16" in printed and "the most rows × 32 tokens" in printed and f"wrote {page}" in printed

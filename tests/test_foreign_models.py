@@ -198,3 +198,27 @@ def test_verify_compares_with_the_forward_that_was_replaced():
     model.forward = lambda idx, targets: (None, 3 * original(idx, targets)[1])
     outcome = fxopt.verify(fxopt.optimize(model, "fp32"), {"idx": tokens(), "targets": tokens()})
     assert abs(outcome.loss_exact - outcome.loss_original) < 1e-5 * outcome.loss_exact
+
+
+class CountsItsCalls(NanoGPT):
+    """A number that its code reads is another in each call: Dynamo captures it anew until it gives up."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, idx, targets=None):
+        self.calls += 1
+        if self.calls % 3 == 0:
+            idx = idx.clone()
+        return super().forward(idx, targets)
+
+
+def test_calls_that_dynamo_gives_up_on_are_reported():
+    model = fxopt.optimize(CountsItsCalls(), "fp32", prove=False)
+    plain = fxopt.restore(copy.deepcopy(model))
+    for _ in range(12):
+        assert model(tokens(), tokens())[1].item() == pytest.approx(plain(tokens(), tokens())[1].item(), rel=1e-6)
+    ((reason, count),) = fxopt.report(model).fallbacks.items()
+    assert "captured this call too often" in reason and 0 < count < 12
+    assert str(count) in str(fxopt.report(model))

@@ -65,6 +65,11 @@ class LiveMemory:
         self._bytes_of["activations"] += size_bytes
         self.note_peak(at)
 
+    @property
+    def activations(self) -> int:
+        """Bytes alive now that are no gradient of a parameter."""
+        return self._bytes_of["activations"]
+
     def of(self, tensor: torch.Tensor) -> Storage | None:
         """A tensor's storage, if it is followed."""
         return self._alive.get(id(tensor.untyped_storage()))

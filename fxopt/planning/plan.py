@@ -15,21 +15,22 @@ from transformers import PretrainedConfig
 from fxopt.inspection.configurations import configuration_of
 from fxopt.inspection.fake_models import fake_model
 from fxopt.inspection.inspector import longest_sequence
+from fxopt.inspection.numbers import in_bytes, in_count
 from fxopt.kernels.adamw import workspace_bytes
-from fxopt.planning.simulate import Moment, Simulation, Step, graph_key, optimizer_bytes
+from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
 from fxopt.precision.policy import Policy
-from fxopt.precision.presets import computes_bfloat16, device_memory, resolve
+from fxopt.precision.presets import choose, computes_bfloat16, device_memory, resolve
 
 Accuracy = Literal["critical", "normal", "tolerant"]
 POLICIES = ("fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit", "int8")
 SEQUENCE_LENGTH = 2048  # where nothing is asked for; less if the model takes less
 MOST_ROWS = 1 << 16
-MOST_TRIALS = 12
-# From the one that follows float32 training closest to the smallest that still does as well as can be asked.
+MOST_TRIALS = 24
+# The first that fits is recommended; where none does, the first of the others.
 PREFERRED: dict[Accuracy, tuple[str, ...]] = {
     "critical": ("fp32", "bf16-islands", "bf16"),
     "normal": ("bf16-islands", "bf16", "bf16-8bit", "int8"),
-    "tolerant": ("bf16-8bit", "bf16-islands", "bf16", "int8"),
+    "tolerant": ("bf16-8bit", "int8", "bf16-islands", "bf16"),
 }
 
 
@@ -138,8 +139,8 @@ def plan(
     config = configuration_of(model.config if isinstance(model, nn.Module) else model)  # type: ignore[arg-type]
     sequence_length = _checked_length(sequence_length, longest_sequence(config))
     like, _ = fake_model(config, "bf16")
-    resolved = [resolve(policy, like) for policy in policies]
     budget = device_memory() if memory is None else memory
+    resolved = [choose(like, memory=budget)[0] if policy == "auto" else resolve(policy) for policy in policies]
     limit = budget if batch_size is None and memory is not None else None
     planner = _Planner(config, sequence_length, num_devices, batch_size or 1, limit)
     rows: list[Row] = []
@@ -159,8 +160,17 @@ def plan(
         rows=tuple(rows),
         recommended=recommended,
         why=why,
-        notes=tuple(dict.fromkeys(planner.notes)),
+        notes=tuple(dict.fromkeys([*_unlike(model), *planner.notes])),
     )
+
+
+def _unlike(model: object) -> list[str]:
+    """What of a model a plan from its configuration does not know."""
+    if isinstance(model, nn.Module):
+        frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        if frozen:
+            return [f"{in_count(frozen)} parameters of this model are frozen: it is planned as if all were trained"]
+    return []
 
 
 def _checked_length(sequence_length: int | None, longest: int | None) -> int:
@@ -186,9 +196,14 @@ class _Planner:
             states = optimizer_bytes(self.config, policy)
             for release in (False, True):
                 yield self._row(simulation, policy, checkpointing, release, states)
+            found = simulation.forward.report
+            name = policy.name + " with checkpointing" * checkpointing
+            self.notes += [f"{name}: the graph breaks: {reason}" for reason in found.graph_breaks]
+            self.notes += [f"{name}: the original forward runs: {reason}" for reason in found.fallbacks]
         except (ValueError, RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.notes.append(f"{policy.name}{' with checkpointing' * checkpointing} is left out: {reason}")
+            name = policy.name + " with checkpointing" * checkpointing
+            self.notes.append(f"{name} cannot be simulated (it may still train): {reason}")
 
     def _simulation(self, policy: Policy, checkpointing: bool) -> Simulation:
         key = graph_key(policy), checkpointing
@@ -202,7 +217,12 @@ class _Planner:
 
         def row(batch_size: int) -> Row:
             step = simulation.step(batch_size, self.sequence_length)
-            moment: Moment = step.released if release else max(step.kept, _update(step, policy), key=_total)
+            moment: Moment = step.released if release else step.kept
+            update = _update(step.largest_gradient if release else step.gradients, policy)
+            if release:  # one gradient is used up while the activations before it are still there
+                moment = max(moment, replace(step.at_update, workspace=update.workspace), key=_total)
+            else:
+                moment = max(moment, update, key=_total)
             share = self.num_devices
             return replace(
                 blank,
@@ -222,14 +242,14 @@ class _Planner:
         return row(largest) if largest else replace(row(1), batch_size=0)
 
 
-def _update(step: Step, policy: Policy) -> Moment:
-    """The moment of the optimizer's step."""
+def _update(gradients: int, policy: Policy) -> Moment:
+    """The moment of the optimizer's step on so many bytes of gradients."""
     precision, workspace = policy.default, 0
     if precision.storage != torch.float32:
         num_states = 0 if precision.optimizer_state == "float32" else 2
-        numel = step.weights // precision.storage.itemsize
+        numel = gradients // precision.gradient.itemsize
         workspace = workspace_bytes(numel, stochastic=precision.rounding == "stochastic", num_states=num_states)
-    return Moment(0, step.gradients, workspace, "the optimizer's step")
+    return Moment(0, gradients, workspace, "the optimizer's step")
 
 
 def _total(moment: Moment) -> int:
@@ -253,7 +273,9 @@ def largest_batch(peak_of: Callable[[int], int], limit: int) -> int:
         if too_large - fits == 1:
             break
         guess = 2 * guess
-        if len(known) > 1:
+        if len(known) > MOST_TRIALS // 2:
+            guess = (fits + too_large) // 2  # a peak that is not straight enough for lines
+        elif len(known) > 1:
             (b1, p1), (b2, p2) = sorted(known.items())[-2:]
             guess = b1 + (limit - p1) * (b2 - b1) // max(p2 - p1, 1)
         guess = min(max(guess, fits + 1), too_large - 1)
@@ -280,30 +302,40 @@ def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: A
     """
     if not rows:
         return None, "No policy could be simulated. The notes say why."
-    order = PREFERRED[accuracy]
-    if torch.cuda.is_available() and not computes_bfloat16(torch.device("cuda")):
-        order = ("fp32",)  # this GPU has no bfloat16 arithmetic
-    ranked = sorted(
-        (row for row in rows if row.policy in order),
-        key=lambda row: (order.index(row.policy), row.checkpointing, row.release_gradients),
-    )
+    order = list(PREFERRED[accuracy])
+    has_bfloat16 = not torch.cuda.is_available() or computes_bfloat16(torch.device("cuda"))
+    if not has_bfloat16:
+        order = ["fp32"]
+    order += [row.policy for row in rows if row.policy not in order]
+    ranked = sorted(rows, key=lambda row: (order.index(row.policy), row.checkpointing, row.release_gradients))
     fitting = [row for row in ranked if row.batch_size and row.peak <= memory]
-    size, room = f"{num_parameters / 1e9:.2f} G parameters", f"{memory / 1e9:.1f} GB"
+    size, room = f"{in_count(num_parameters)} parameters", in_bytes(memory)
     if not fitting:
         smallest = min(rows, key=lambda row: row.peak)
         return None, (
             f"None of these fits {size} into {room}. The smallest is {_described(smallest)}, with "
-            f"{smallest.peak / 1e9:.1f} GB: take more devices, shorter rows, or adapters (PEFT) on a frozen model."
+            f"{in_bytes(smallest.peak)}: take more devices, shorter rows, or adapters (PEFT) on a frozen model."
         )
     best = fitting[0]
     passed = [policy for policy in order[: order.index(best.policy)] if any(row.policy == policy for row in rows)]
-    first = (
-        f"{', '.join(passed)} would be closer to float32 and does not fit {size} into {room}, so "
-        if passed
-        else f"Where accuracy is {accuracy}, "
+    need = f"{in_bytes(best.peak)} of {room} at {best.batch_size} row{'s' * (best.batch_size > 1)} on each device"
+    if not has_bfloat16:
+        first = f"This GPU has no bfloat16 arithmetic, so {_described(best)} is the one to take: {need}."
+    elif passed:
+        first = (
+            f"Where accuracy is {accuracy}, {' and '.join(passed)} would come first and {_fail(passed)} not fit {size} "
+            f"into {room}, so {_described(best)} is the one to take: {need}."
+        )
+    else:
+        first = f"Where accuracy is {accuracy}, {_described(best)} is the one to take for {size}: {need}."
+    return (
+        best,
+        f"{first} {_WHAT_IT_IS.get(best.policy, 'It is none of the presets that are known for their accuracy.')}",
     )
-    first += f"{_described(best)} is the one to take: {best.peak / 1e9:.1f} of {room} at {best.batch_size} rows."
-    return best, f"{first} {_CLOSENESS[best.policy]}"
+
+
+def _fail(names: list[str]) -> str:
+    return "do" if len(names) > 1 else "does"
 
 
 def _described(row: Row) -> str:
@@ -312,8 +344,9 @@ def _described(row: Row) -> str:
     return row.policy + (f" with {' and '.join(more)}" if more else "")
 
 
-_CLOSENESS = {
+_WHAT_IT_IS = {
     "fp32": "It is float32 training itself: no update and no activation is rounded to two bytes.",
+    "mixed": "Its weights take four bytes and are cast to two by nearest rounding, which hides the smallest updates.",
     "bf16-islands": "Its weights take two bytes, its norms four, and stochastic rounding loses no update.",
     "bf16": "Its weights take two bytes, and stochastic rounding loses no update.",
     "bf16-8bit": "Its weights take two bytes, its norms four, and its optimizer states one byte each.",

@@ -44,11 +44,12 @@ def as_table(plan: Plan) -> RenderableType:
     for row in plan.rows:
         chosen = row == plan.recommended
         style = "bold green" if chosen else "dim" if not fits(plan, row) else ""
-        table.add_row(
+        cells = (
             ("→ " if chosen else "  ") + row.policy, *handling(row), str(row.batch_size),
             *(in_bytes(getattr(row, part)) for part in columns), in_bytes(row.peak),
-            row.place.partition(" (")[0], style=style,
+            row.place.partition(" (")[0],
         )  # fmt: skip
+        table.add_row(*map(Text, cells), style=style)  # names are text, whatever they look like
     parts: list[RenderableType] = [Text(headline(plan), style="bold"), table, Text("\n" + plan.why)]
     parts += [Text(note, style="yellow") for note in plan.notes]
     return Group(*parts)

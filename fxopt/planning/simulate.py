@@ -45,6 +45,8 @@ class Step:
     gradients: int
     kept: Moment
     released: Moment
+    at_update: Moment  # the most that is there when a gradient is complete, that gradient included
+    largest_gradient: int
 
 
 class Simulation:
@@ -62,6 +64,7 @@ class Simulation:
         self.forward = OptimizedForward(self.model, Settings(self.policy.name, prove=False))
         self.forward.runner = self._metered
         self._meter: Meter | None = None
+        self._at_update = Peak()
         self._steps: dict[tuple[int, int], Step] = {}
         self._nodes: dict[tuple[str, str], fx.Node] = {}
         for parameter in self.model.parameters():
@@ -80,7 +83,8 @@ class Simulation:
             ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
             call = {"input_ids": ids, "labels": torch.zeros_like(ids), "use_cache": False}
             self.forward.capture(dict(call))  # graphs that are new run once beside: compiling makes tensors too
-            self._meter = meter = Meter()
+            self._meter, self._at_update = Meter(), Peak()
+            meter = self._meter
             for tensor in (*self.model.parameters(), *self.model.buffers(), *call.values()):
                 meter.ignore(tensor)
             try:
@@ -90,14 +94,17 @@ class Simulation:
                     loss.backward()
             finally:
                 self._meter = None
-        held = footprint(self.model)
-        self.model.zero_grad()
-        return Step(
+        held, parameters = footprint(self.model), list(self.model.parameters())
+        step = Step(
             held.weights + sum(buffer.untyped_storage().nbytes() for buffer in self.model.buffers()),
             held.gradients,
             self._moment(meter.memory.peak),
             self._moment(meter.memory.peak_when_released),
+            self._moment(self._at_update),
+            max((p.grad.untyped_storage().nbytes() for p in parameters if p.grad is not None), default=0),
         )
+        self.model.zero_grad()
+        return step
 
     def _moment(self, peak: Peak) -> Moment:
         of = peak.bytes_of
@@ -114,7 +121,10 @@ class Simulation:
 
     def _note_gradient(self, parameter: torch.Tensor) -> None:
         if self._meter is not None and parameter.grad is not None:
-            self._meter.memory.mark_as_gradient(parameter.grad)
+            memory = self._meter.memory
+            if (live := memory.activations) > self._at_update.total:
+                self._at_update = Peak({"activations": live}, self._meter.where)
+            memory.mark_as_gradient(parameter.grad)
 
     def _metered(self, module: fx.GraphModule) -> Callable[..., Any]:
         """How a captured graph is run: where there is a meter, node by node under its eyes."""

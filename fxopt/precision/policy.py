@@ -226,6 +226,10 @@ class Policy:
         Stochastic rounding loses none on average, and its cost is noise. Where it would be cheaper than islands, the
         result's `advice` says so and `alternative` is that policy.
 
+        Islands of matrices are cast to bfloat16, stochastically in training but to the nearest in evaluation, which
+        early in fine-tuning hides what was learned; evaluate them in float32 (`fxopt.annotate(copy, "fp32")`). Weights
+        that are stored in bfloat16 and rounded stochastically look the same in both.
+
         model: with its trained weights: what is lost depends on their size. Not sharded.
         batches: keyword arguments of the training call, labels included, on the model's device. The first `steps` are
             taken, again from the first where there are fewer; each is one update.

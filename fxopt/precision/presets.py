@@ -67,11 +67,11 @@ def resolve(policy: str | Policy, model: nn.Module | None = None) -> Policy:
     return Policy.named(policy)
 
 
-def choose(model: nn.Module, device: torch.device | str | None = None) -> tuple[Policy, str]:
+def choose(model: nn.Module, device: torch.device | str | None = None, memory: int | None = None) -> tuple[Policy, str]:
     """The preset for training `model` on `device` (default: where its parameters are), and why, in two sentences.
 
     Of those that follow float32 training closest, the first whose weights, gradients and optimizer states fit into
-    60 % of the device's memory. float8 is never chosen by itself: it buys speed and no memory.
+    60 % of the device's memory, or of `memory` bytes. float8 is never chosen by itself: it buys speed and no memory.
     """
     parameters = list(model.parameters())
     device = torch.device(device) if device is not None else parameters[0].device
@@ -79,7 +79,7 @@ def choose(model: nn.Module, device: torch.device | str | None = None) -> tuple[
         return named("fp32"), "This GPU has no bfloat16 arithmetic. Float32 is the only preset that runs well on it."
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     frozen_bytes = 2 * sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-    memory = device_memory(device)
+    memory = device_memory(device) if memory is None else memory
     room = SHARE_OF_MEMORY * memory
     needs = {name: each * trainable + frozen_bytes for name, each in BYTES_PER_PARAMETER.items()}
     name = next((name for name, needed in needs.items() if needed <= room), list(needs)[-1])

@@ -315,6 +315,8 @@ def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -
     inputs = {name: value for name, value in match.bindings.items() if isinstance(value, fx.Node)}
     moved: set[fx.Node] = set()
     for name, value in inputs.items():
+        if value in inside:
+            return f"`{name}` is `{value.name}`, which the pattern replaces"
         late = nodes_to_move_up(value, first_result)
         if late is None:
             return f"`{name}` is computed after `{first_result.name}`, which is needed before"

@@ -156,6 +156,36 @@ def test_another_mask_stays(mask_of, reason):
     assert any(reason in found for found in reasons)
 
 
+def offsets(n):
+    return positions(n)[:, None] - positions(n)[None, :]
+
+
+def window(within):
+    return lambda n: (offsets(n) >= 0) & within(offsets(n), n)
+
+
+@pytest.mark.parametrize(
+    "mask_of",
+    [
+        window(lambda d, n: d < 40.0),
+        window(lambda d, n: d / 16 < 2.5),
+        window(lambda d, n: (positions(n)[:, None] // 8 - positions(n)[None, :] // 8) < 5),
+        window(lambda d, n: (d >> 4) < 3),
+        window(lambda d, n: d * d < 1600),
+        window(lambda d, n: torch.log2(d.clamp(min=1).float()) < 5.0),
+        window(lambda d, n: d < n // 2 + 30),
+        window(lambda d, n: d < 20 + positions(n)[:, None] - positions(n)[:, None] + 20),
+    ],
+    ids=["fraction", "quotient", "blocks", "shift", "square", "function", "half the size", "sum of numbers"],
+)
+def test_a_mask_that_is_causal_for_short_rows_alone_stays(mask_of):
+    """Each is the lower triangle for the nine tokens that were captured, and not for two hundred."""
+    assert torch.equal(mask_of(9), torch.ones(9, 9, dtype=torch.bool).tril())
+    assert not torch.equal(mask_of(200), torch.ones(200, 200, dtype=torch.bool).tril())
+    restored, reasons, _, _ = causal_attention(mask_of)
+    assert restored == 0 and reasons
+
+
 def test_a_mask_that_depends_on_a_tensor_stays():
     def function(q, k, v, padding):
         causal = positions(q.shape[-2])[None, :] <= positions(q.shape[-2])[:, None]

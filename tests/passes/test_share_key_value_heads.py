@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fxopt
 from fxopt.passes.pipelines import EXACT
 from tests.captured_graphs import run_optimized, targets
 from tests.passes.rewriting import DTYPES, assert_rewritten, leaf, near_misses
+from tests.tiny_models import tiny_batch, tiny_llama
 
 
 def repeated_attention(q, k, v, causal=True, dropout=0.0, mask=None):
@@ -45,3 +47,12 @@ def test_key_value_heads_stay_repeated_under_a_mask():
     tensors = (leaf(2, heads, 9, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
     misses = near_misses(function, *tensors, torch.rand(2, 4, 9, 9) < 0.5)
     assert any("there is a mask" in miss.reason for miss in misses)
+
+
+def test_heads_are_shared_under_checkpointing():
+    """There code asks each value for its sizes, and the repeated keys seemed to be used by that."""
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    model.train()
+    model.gradient_checkpointing_enable()
+    model(**tiny_batch()).loss.backward()
+    assert fxopt.report(model).hits["grouped_query_attention"] == model.config.num_hidden_layers

@@ -50,9 +50,11 @@ def measured(policy, checkpointing, release_gradients, shape, of):
 def test_the_peak_is_that_of_a_real_step(policy, tied, shape):
     of = config(tie_word_embeddings=tied)
     rows = fxopt.plan(of, [policy], batch_size=shape[0], sequence_length=shape[1]).rows
-    for row in rows[0], rows[2]:
-        assert not row.release_gradients
-        assert row.peak == pytest.approx(measured(policy, row.checkpointing, False, shape, of), rel=0.05)
+    for row in rows:
+        real = measured(policy, row.checkpointing, row.release_gradients, shape, of)
+        # In which order parameters are updated is not known: the noise is drawn for the first, the largest has copies.
+        more = 5_000_000 if row.release_gradients else 0
+        assert 0.95 * real <= row.peak <= 1.05 * real + more, row
 
 
 def test_checkpointing_takes_less_of_long_rows_and_released_gradients_of_short_ones():
@@ -106,7 +108,7 @@ def test_the_search_on_bent_lines(answer, bend):
 
     calls = []
     found = largest_batch(lambda size: calls.append(size) or peak(size), peak(answer) if answer else 99)
-    assert found == answer and len(calls) == len(set(calls)) <= 12
+    assert found == answer and len(calls) == len(set(calls)) <= 24
 
 
 def test_sharding_divides_what_is_held_and_not_the_activations():
@@ -140,6 +142,10 @@ def test_the_advice_is_accuracy_first_then_what_fits():
     assert recommend(rows, 10**9, 500, "normal")[0].policy == "bf16-islands"
     assert recommend(rows, 10**9, 100, "normal")[0].policy == "bf16-8bit"
     assert recommend(rows, 10**9, 500, "tolerant")[0].policy == "bf16-8bit"
+    assert recommend(rows[:1], 10**9, 500, "normal")[0].policy == "fp32"  # what fits and was not asked for first
+    assert recommend(rows_of(mine=7), 10**9, 10, "critical")[0].policy == "mine"
+    best, why = recommend(rows, 10**9, 100, "normal")
+    assert best.policy == "bf16-8bit" and "bf16-islands would come first and does not fit" in why
     best, why = recommend(rows, 10**9, 10, "normal")
     assert best is None and "smallest is bf16-8bit" in why and why.count(". ") == 1
     again = [*rows, replace(rows[1], checkpointing=True, weights=90)]
@@ -161,6 +167,7 @@ def test_what_is_written(tmp_path):
 def test_names_are_shown_as_text(tmp_path):
     row = replace(ROW, policy="<script>alert(1)</script>", place="<b>")
     found = Plan("<img>", 1, 8, 1, 1000, False, (row,), row, "why <i>", ("<u>",))
+    assert "[/x]" in str(replace(found, rows=(replace(row, policy="[/x]"),)))
     page = found.save(tmp_path / "plan.html").read_text()
     assert not any(tag in page for tag in ("<script", "<img", "<b>", "<i>", "<u>"))
 
@@ -182,6 +189,9 @@ def test_another_architecture_and_a_model_itself():
     assert len(rows) == 4 and rows[0].weights > 2 * 500 * 32
     model = LlamaForCausalLM(config(num_hidden_layers=1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert fxopt.plan(model, ["bf16"], batch_size=1, sequence_length=16).rows
+    model.lm_head.requires_grad_(False)
+    found = fxopt.plan(model, ["bf16", "auto"], batch_size=1, sequence_length=16, memory=10**6)
+    assert "768 k parameters of this model are frozen" in found.notes[0]
+    assert found.rows[4].policy == "int8"  # of so little memory
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "forward" not in vars(model)

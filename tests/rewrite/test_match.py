@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxopt.passes.pipelines import EXACT
 from fxopt.rewrite.match import Rule, find_matches, require
+from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.spelling import spell_out
 from tests.captured_graphs import captured
 
@@ -141,3 +143,10 @@ def test_a_rule_without_a_pattern_says_so():
             @staticmethod
             def rewrite(x):
                 return F.relu(x)
+
+
+def test_a_name_is_not_bound_to_what_the_match_replaces():
+    """Else the proof would give it values of its own: `relu(x) * relu(x)` is no ReGLU."""
+    module = captured(lambda x: torch.relu(x) * torch.relu(x), X)
+    records = EXACT.run(module, Prover())
+    assert not [item for record in records for item in record.outcome.refused]

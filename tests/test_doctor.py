@@ -340,3 +340,7 @@ def test_the_hub(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
     offline = hub_check(refuses)  # is not asked
     assert "TRANSFORMERS_OFFLINE is set" in offline.why and offline.mend == "unset TRANSFORMERS_OFFLINE"
+
+
+def test_an_error_is_shown_without_what_a_terminal_would_obey():
+    assert words(ValueError("\x1b[31mred\x1b[0m\x07 text\nmore")) == "ValueError: red text"

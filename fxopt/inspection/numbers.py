@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import ROUND_HALF_UP, Decimal
+
 
 def in_bytes(number: float) -> str:
     """Bytes with three digits: `33.6 MB`; decimal units, as memory is sold."""
@@ -22,7 +24,12 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
     while size >= 999.5 and index < len(units) - 1:
         size, index = size / 1000, index + 1
     digits = 0 if index == 0 or size >= 99.95 else 1 if size >= 9.995 else 2
-    return f"{'-' * (number < 0)}{size:.{digits}f} {units[index]}".rstrip()
+    return f"{'-' * (number < 0)}{_fixed(size, digits)} {units[index]}".rstrip()
+
+
+def _fixed(number: float, digits: int) -> str:
+    """With so many digits after the point; halves go up, as the page's script has them, and not to the even one."""
+    return str(Decimal(number).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 
 def change(before: float, after: float) -> str:
@@ -33,4 +40,4 @@ def change(before: float, after: float) -> str:
         return "new"
     percent = 100 * (after - before) / before
     digits = 1 if 99 <= abs(percent) < 100 else 0  # −99.5 % is not −100 %
-    return f"{percent:+.{digits}f} %".replace("-", "−")
+    return f"{'−' if percent < 0 else '+'}{_fixed(abs(percent), digits)} %"

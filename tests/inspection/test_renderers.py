@@ -133,3 +133,9 @@ def test_structured_trace(tmp_path):
     assert [item["artifact"]["name"] for item in artifacts] == ["fxopt_before", "fxopt_after", "fxopt_passes"]
     assert all(item["frame_id"] == 0 for item in artifacts)  # filed with Dynamo's own graph
     assert "rms_norm(" in log.read_text()
+
+
+def test_halves_go_up_as_in_the_page():
+    assert (in_bytes(678_500), in_bytes(677_500), change(200, 201), change(200, 199)) == (
+        "679 kB", "678 kB", "+1 %", "−1 %",
+    )  # fmt: skip

@@ -29,8 +29,9 @@ if not __package__:  # run as a file
 
 from packaging.version import Version
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from benchmarks.progress_bar import progress_bar
 
 # The ops that take the place of each kind of site.
 OPS_OF = {
@@ -58,8 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     names = options.types or list(NAMES)
     versions = {name: version(name) for name in ("torch", "transformers")}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.jobs) as pool:
+    with progress_bar(console) as progress, ThreadPoolExecutor(options.jobs) as pool:
         task = progress.add_task("model types", total=len(names))
         rows = []
         for future in as_completed([pool.submit(cover_afresh, name, options.timeout) for name in names]):

@@ -18,9 +18,9 @@ if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.progress_bar import progress_bar
 from examples.quiet import silence_libraries
 from examples.variants import run_afresh
 
@@ -36,10 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         Path(options.worker).write_text(json.dumps(measure(options.model, **case)))
         return 0
     console = Console(stderr=options.json)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     figures: list[Figures] = []
     cases = _cases(options)
-    with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as folder:
+    with progress_bar(console) as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             name = f"{case['policy']} {case['batch_size']}x{case['sequence_length']}"

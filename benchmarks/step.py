@@ -20,9 +20,9 @@ if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.progress_bar import progress_bar
 from examples.quiet import silence_libraries
 from examples.variants import names_among, run_afresh
 
@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         variants.remove("compile")
 
     rounds: dict[str, list[Figures]] = {variant: [] for variant in variants}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as folder:
+    with progress_bar(console) as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("", total=options.repeats * len(variants))
         for _ in range(options.repeats):
             for variant in variants:

@@ -41,10 +41,9 @@ def _add_inspect(commands: Any) -> None:
         description="Captures the model's graph on fake tensors and shows what each pass changes, what it saves, and "
         "what was left alone and why.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a model on the Hub, a folder, a config.json, or a model type")
+    _add_model(parser)
     parser.add_argument("--policy", default="bf16", help="a preset, or a policy's JSON or YAML file (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, metavar="ROWS", help="rows of the batch (%(default)s)")
-    parser.add_argument("--seq", type=int, metavar="TOKENS", help="tokens in each row (2048, or the model's most)")
     parser.add_argument("--eval", action="store_true", help="the loss of an evaluation instead of a training step")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
     parser.add_argument("--no-proofs", action="store_true", help="trust the rules; a little faster")
@@ -75,9 +74,7 @@ def _inspect(options: argparse.Namespace) -> int:
         prove=not options.no_proofs,
     )
     _print(diff)
-    for name in ("html", "json", "graphml", "model_explorer"):
-        if (path := getattr(options, name)) is not None:
-            print(f"wrote {diff.save(_with_ending(path, name))}")
+    _save(diff, options, "html", "json", "graphml", "model_explorer")
     return 0 if diff.graphs else FAILED
 
 
@@ -88,6 +85,18 @@ def _policy(name: str) -> str | Policy:
     if name.endswith((".json", ".yaml", ".yml")):
         return Policy.load(name)
     return name if name == "auto" else Policy.named(name)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model on the Hub, a folder, a config.json, or a model type")
+    parser.add_argument("--seq", type=int, metavar="TOKENS", help="tokens in each row (2048, or the model's most)")
+
+
+def _save(result: Any, options: argparse.Namespace, *names: str) -> None:
+    """Write `result` to each file that was asked for."""
+    for name in names:
+        if (path := getattr(options, name)) is not None:
+            print(f"wrote {result.save(_with_ending(path, name))}")
 
 
 def _with_ending(path: str, name: str) -> str:
@@ -139,10 +148,9 @@ def _add_plan(commands: Any) -> None:
         description="Simulates a training step on fake tensors under several policies, with activations kept and "
         "computed again, with gradients kept and released, and recommends one.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a model on the Hub, a folder, a config.json, or a model type")
+    _add_model(parser)
     parser.add_argument("--memory", metavar="24GB", help="of one device; without it, of this machine's")
     parser.add_argument("--batch", type=int, metavar="ROWS", help="on each device (1; with --memory the most that fit)")
-    parser.add_argument("--seq", type=int, metavar="TOKENS", help="tokens in each row (2048, or the model's most)")
     parser.add_argument("--policy", metavar="A,B", help="presets or policy files (the most common presets)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="shard over N of them (%(default)s)")
     parser.add_argument("--accuracy", default="normal", help="critical, normal or tolerant (%(default)s)")
@@ -156,14 +164,11 @@ def _plan(options: argparse.Namespace) -> int:
         _check_size(name, getattr(options, name))
     memory = None if options.memory is None else _bytes(options.memory)
     _quiet()
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from fxopt.planning.plan import POLICIES, plan
+    from fxopt.printing import progress_bar
 
     policies = [_policy(name) for name in options.policy.split(",")] if options.policy else POLICIES
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("")
+    with progress_bar() as show:
         found = plan(
             options.model,
             policies,
@@ -172,12 +177,10 @@ def _plan(options: argparse.Namespace) -> int:
             memory=memory,
             num_devices=options.devices,
             accuracy=options.accuracy,
-            on_progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
+            on_progress=show,
         )
     _print(found)
-    for name in ("html", "json"):
-        if (path := getattr(options, name)) is not None:
-            print(f"wrote {found.save(_with_ending(path, name))}")
+    _save(found, options, "html", "json")
     return 0 if found.recommended is not None else FAILED
 
 
@@ -213,8 +216,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     diagnosis = doctor(options.device, progress=sys.stderr.isatty())
     _print(diagnosis)
-    if options.json is not None:
-        print(f"wrote {diagnosis.save(_with_ending(options.json, 'json'))}")
+    _save(diagnosis, options, "json")
     return 0 if diagnosis.works else FAILED
 
 

@@ -31,6 +31,7 @@ FLOORS = {
     "fxopt.verification": 3,
     "fxopt.float64": 0,
     "fxopt.model_state": 0,
+    "fxopt.printing": 0,
     "fxopt.inspection": 4,
     "fxopt.api": 5,
     "fxopt.diagnosis": 6,

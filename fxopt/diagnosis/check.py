@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from fxopt.printing import as_text
 
 Area = Literal["versions", "device", "presets", "backends", "kernels", "hub"]
 State = Literal["ok", "missing", "unsupported"]
 
 SCHEMA, VERSION = "fxopt.diagnosis", 1
 DEFAULT_PRESET = "bf16"
-WIDTH = 140
 
 _TITLES: dict[Area, str] = {
     "versions": "versions",
@@ -104,10 +105,7 @@ class Diagnosis:
         return Group(*_parts(self))
 
     def __str__(self) -> str:
-        console = Console(width=WIDTH, force_terminal=False, color_system=None)
-        with console.capture() as capture:
-            console.print(self, crop=False)
-        return capture.get().rstrip()
+        return as_text(self, crop=False)
 
 
 def failed(area: str, name: str, why: str) -> Check:

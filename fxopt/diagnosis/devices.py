@@ -44,7 +44,11 @@ def _described_cpu() -> dict[str, str]:
 
 
 def _memory() -> str:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import torch
+
+    from fxopt.precision.presets import device_memory
+
+    total = device_memory(torch.device("cpu"))
     text = f"{in_bytes(total)} memory"
     path = Path("/proc/meminfo")
     if path.exists():
@@ -83,6 +87,7 @@ def _described_gpu(device: torch.device) -> Iterator[str]:
     import torch
 
     from fxopt.precision.policy import PolicyError
+    from fxopt.precision.presets import computes_bfloat16
     from fxopt.precision.quantized import require_float8
 
     if device.type != "cuda":
@@ -93,7 +98,7 @@ def _described_gpu(device: torch.device) -> Iterator[str]:
     yield properties.name
     yield f"{in_bytes(total)} memory ({in_bytes(free)} free)"
     yield f"compute capability {properties.major}.{properties.minor}"
-    yield "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+    yield "bf16" if computes_bfloat16(device) else "no bf16"
     try:
         require_float8([device])
         yield "float8"

@@ -16,6 +16,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+SEQUENCE_LENGTH = 2048
+
 
 class UnknownModelError(ValueError):
     """There is no such model, or its configuration cannot be had here. The message says what to do."""
@@ -42,6 +44,19 @@ def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CONFIG_MAPPING[name]()
     return _from_hub(name)
+
+
+def longest_sequence(config: Any) -> int | None:
+    """The most tokens that a model of this configuration takes in a row, if it says so."""
+    if not isinstance(config, PretrainedConfig):
+        return None
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def usual_sequence(config: Any) -> int:
+    """The tokens in a row where nothing is asked for: 2048, or the most that a model of this configuration takes."""
+    return min(SEQUENCE_LENGTH, longest_sequence(config) or SEQUENCE_LENGTH)
 
 
 def well_known_names() -> list[str]:

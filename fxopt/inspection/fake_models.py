@@ -29,3 +29,9 @@ def checkpoint_activations(model: nn.Module) -> None:
     if enable is None:
         raise ValueError(f"{type(model).__name__} has no activation checkpointing; leave checkpointing off")
     enable()
+
+
+def labelled_batch(batch_size: int, sequence_length: int) -> dict[str, Any]:
+    """A training call's arguments, on fake tensors where such a mode is on: tokens, and a label for each."""
+    ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
+    return {"input_ids": ids, "labels": torch.zeros_like(ids), "use_cache": False}

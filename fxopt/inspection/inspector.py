@@ -16,16 +16,14 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import PretrainedConfig
 
 from fxopt.capture import CapturedCall, OptimizedForward, Settings
-from fxopt.inspection.configurations import configuration_of
+from fxopt.inspection.configurations import configuration_of, longest_sequence, usual_sequence
 from fxopt.inspection.diff import Conditions, GraphDiff
-from fxopt.inspection.fake_models import checkpoint_activations, fake_model
+from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch
 from fxopt.inspection.record import Recorder, graph_of
 from fxopt.precision.annotate import annotate, policy_of
 from fxopt.precision.policy import Policy
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
-
-SEQUENCE_LENGTH = 2048  # where nothing is asked for; less if the model takes less
 
 
 def inspect_optimized(forward: OptimizedForward, prove: bool = True) -> GraphDiff:
@@ -83,15 +81,14 @@ def inspect_model(
         checkpoint_activations(fake)
     longest = longest_sequence(config)
     if sequence_length is None:
-        sequence_length = min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)
+        sequence_length = usual_sequence(config)
     elif longest is not None and sequence_length > longest:
         raise ValueError(
             f"sequence_length is {sequence_length}, and {type(fake).__name__} takes {longest} at most "
             "(max_position_embeddings)"
         )
     with mode:
-        ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-        arguments = {"input_ids": ids, "labels": torch.zeros_like(ids), "use_cache": False}
+        arguments = labelled_batch(batch_size, sequence_length)
     call = CapturedCall(arguments, training, grad_enabled=training)
     return _inspect(fake, Settings(chosen.name, pipeline=pipeline, prove=prove), [call], mode)
 
@@ -158,14 +155,6 @@ def _with_fake_tensors(call: CapturedCall) -> CapturedCall:
         for name, value in call.arguments.items()
     }
     return CapturedCall(arguments, call.training, call.grad_enabled)
-
-
-def longest_sequence(config: Any) -> int | None:
-    """The most tokens that a model of this configuration takes in a row, if it says so."""
-    if not isinstance(config, PretrainedConfig):
-        return None
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fxopt import printing
 from fxopt.inspection.diff import Graph, GraphDiff, Hunk, Node, Source, Stage
 from fxopt.inspection.fold import without_index
 from fxopt.inspection.meter import Cost
@@ -24,10 +24,7 @@ def rendered(diff: GraphDiff) -> RenderableType:
 
 
 def as_text(diff: GraphDiff) -> str:
-    console = Console(width=WIDTH, file=io.StringIO(), color_system=None)
-    with console.capture() as capture:
-        console.print(rendered(diff))
-    return capture.get()
+    return printing.as_text(rendered(diff), WIDTH) + "\n"
 
 
 def _parts(diff: GraphDiff) -> Iterator[RenderableType]:

@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from torch import nn
 from transformers import PretrainedConfig
 
-from fxopt.inspection.configurations import configuration_of
+from fxopt.inspection.configurations import configuration_of, longest_sequence, usual_sequence
 from fxopt.inspection.fake_models import fake_model
-from fxopt.inspection.inspector import longest_sequence
 from fxopt.inspection.numbers import in_bytes, in_count
 from fxopt.kernels.adamw import workspace_bytes
 from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
 from fxopt.precision.policy import Policy
 from fxopt.precision.presets import choose, computes_bfloat16, device_memory, resolve
+from fxopt.printing import as_text
 
 Accuracy = Literal["critical", "normal", "tolerant"]
 POLICIES = ("fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit", "int8")
-SEQUENCE_LENGTH = 2048  # where nothing is asked for; less if the model takes less
 MOST_ROWS = 1 << 16
 MOST_TRIALS = 24
 # The first that fits is recommended; where none does, the first of the others.
@@ -58,6 +57,10 @@ class Row:
     def peak(self) -> int:
         return sum(getattr(self, part) for part in PARTS)
 
+    def fits(self, memory: int) -> bool:
+        """Whether as much as one row fits into so many bytes."""
+        return self.batch_size > 0 and self.peak <= memory
+
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "workspace", "gathered")
 
@@ -83,10 +86,7 @@ class Plan:
         return as_table(self)
 
     def __str__(self) -> str:
-        console = Console(width=140, color_system=None)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
+        return as_text(self) + "\n"
 
     def save(self, path: str | Path) -> Path:
         """Write the plan to a file: .html (a page that opens from disk), .json or .txt; ValueError for others."""
@@ -109,7 +109,7 @@ def plan(
     memory: int | None = None,
     num_devices: int = 1,
     accuracy: Accuracy = "normal",
-    on_progress: Callable[[int, int, str], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """What a training step of `model` takes under each of `policies`, without running one.
 
@@ -125,7 +125,7 @@ def plan(
         num_devices: shard weights, gradients and optimizer states over so many (FSDP).
         accuracy: how much depends on the last digit of the loss: "critical", "normal" or "tolerant". It decides which
             policies are recommended first.
-        on_progress: called before each simulation with its number, how many there are, and what it is of.
+        on_progress: called before each simulation with what it is of, its number, and how many there are.
 
     Raises:
         ValueError: sizes that cannot be, a sequence that is too long, no such model (`UnknownModelError`).
@@ -137,8 +137,9 @@ def plan(
     if accuracy not in get_args(Accuracy):
         raise ValueError(f"unknown accuracy {accuracy!r}; known: {', '.join(get_args(Accuracy))}")
     config = configuration_of(model.config if isinstance(model, nn.Module) else model)  # type: ignore[arg-type]
-    sequence_length = _checked_length(sequence_length, longest_sequence(config))
+    sequence_length = _checked_length(sequence_length, config)
     like, _ = fake_model(config, "bf16")
+    num_parameters = sum(parameter.numel() for parameter in like.parameters())
     budget = device_memory() if memory is None else memory
     resolved = [choose(like, memory=budget)[0] if policy == "auto" else resolve(policy) for policy in policies]
     limit = budget if batch_size is None and memory is not None else None
@@ -147,12 +148,12 @@ def plan(
     jobs = [(policy, checkpointing) for policy in resolved for checkpointing in (False, True)]
     for number, (policy, checkpointing) in enumerate(jobs):
         if on_progress is not None:
-            on_progress(number, len(jobs), policy.name + ", activations computed again" * checkpointing)
+            on_progress(policy.name + ", activations computed again" * checkpointing, number, len(jobs))
         rows += planner.rows(policy, checkpointing)
-    recommended, why = recommend(rows, sum(p.numel() for p in like.parameters()), budget, accuracy)
+    recommended, why = recommend(rows, num_parameters, budget, accuracy)
     return Plan(
         model=type(like).__name__,
-        num_parameters=sum(parameter.numel() for parameter in like.parameters()),
+        num_parameters=num_parameters,
         sequence_length=sequence_length,
         num_devices=num_devices,
         memory=budget,
@@ -173,9 +174,10 @@ def _unlike(model: object) -> list[str]:
     return []
 
 
-def _checked_length(sequence_length: int | None, longest: int | None) -> int:
+def _checked_length(sequence_length: int | None, config: PretrainedConfig) -> int:
     if sequence_length is None:
-        return min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)
+        return usual_sequence(config)
+    longest = longest_sequence(config)
     if sequence_length < 1 or (longest is not None and sequence_length > longest):
         raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {longest or 'any'} tokens")
     return sequence_length
@@ -189,20 +191,21 @@ class _Planner:
         self.batch_size, self.limit = batch_size, limit
         self.notes: list[str] = []
         self._simulations: dict[Hashable, Simulation] = {}  # policies that differ in their states alone share one
+        self._states: dict[Policy, int] = {}
 
     def rows(self, policy: Policy, checkpointing: bool) -> Iterator[Row]:
+        name = policy.name + " with checkpointing" * checkpointing
         try:
             simulation = self._simulation(policy, checkpointing)
-            states = optimizer_bytes(self.config, policy)
+            if policy not in self._states:
+                self._states[policy] = optimizer_bytes(self.config, policy)
             for release in (False, True):
-                yield self._row(simulation, policy, checkpointing, release, states)
+                yield self._row(simulation, policy, checkpointing, release)
             found = simulation.forward.report
-            name = policy.name + " with checkpointing" * checkpointing
             self.notes += [f"{name}: the graph breaks: {reason}" for reason in found.graph_breaks]
             self.notes += [f"{name}: the original forward runs: {reason}" for reason in found.fallbacks]
         except (ValueError, RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            name = policy.name + " with checkpointing" * checkpointing
             self.notes.append(f"{name} cannot be simulated (it may still train): {reason}")
 
     def _simulation(self, policy: Policy, checkpointing: bool) -> Simulation:
@@ -211,24 +214,25 @@ class _Planner:
             self._simulations[key] = Simulation(self.config, policy, checkpointing)
         return self._simulations[key]
 
-    def _row(self, simulation: Simulation, policy: Policy, checkpointing: bool, release: bool, states: int) -> Row:
+    def _row(self, simulation: Simulation, policy: Policy, checkpointing: bool, release: bool) -> Row:
         blank = Row(policy.name, checkpointing, release, 1, 0, 0, 0, 0, 0, 0, "")
         gathered = gathered_bytes(simulation) if self.num_devices > 1 else 0
 
         def row(batch_size: int) -> Row:
             step = simulation.step(batch_size, self.sequence_length)
-            moment: Moment = step.released if release else step.kept
-            update = _update(step.largest_gradient if release else step.gradients, policy)
             if release:  # one gradient is used up while the activations before it are still there
-                moment = max(moment, replace(step.at_update, workspace=update.workspace), key=_total)
+                workspace = _update_workspace(step.largest_gradient, policy)
+                moments = step.released, replace(step.at_update, workspace=workspace)
             else:
-                moment = max(moment, update, key=_total)
+                workspace = _update_workspace(step.gradients, policy)
+                moments = step.kept, Moment(0, step.gradients, workspace, "the optimizer's step")
+            moment = max(moments, key=_total)
             share = self.num_devices
             return replace(
                 blank,
                 batch_size=batch_size,
                 weights=-(-step.weights // share),
-                optimizer=-(-states // share),
+                optimizer=-(-self._states[policy] // share),
                 gradients=-(-moment.gradients // share),
                 activations=moment.activations,
                 workspace=moment.workspace,
@@ -242,14 +246,14 @@ class _Planner:
         return row(largest) if largest else replace(row(1), batch_size=0)
 
 
-def _update(gradients: int, policy: Policy) -> Moment:
-    """The moment of the optimizer's step on so many bytes of gradients."""
-    precision, workspace = policy.default, 0
-    if precision.storage != torch.float32:
-        num_states = 0 if precision.optimizer_state == "float32" else 2
-        numel = gradients // precision.gradient.itemsize
-        workspace = workspace_bytes(numel, stochastic=precision.rounding == "stochastic", num_states=num_states)
-    return Moment(0, gradients, workspace, "the optimizer's step")
+def _update_workspace(gradients: int, policy: Policy) -> int:
+    """What the optimizer's step takes beside so many bytes of gradients."""
+    precision = policy.default
+    if precision.storage == torch.float32:
+        return 0
+    num_states = 0 if precision.optimizer_state == "float32" else 2
+    numel = gradients // precision.gradient.itemsize
+    return workspace_bytes(numel, stochastic=precision.rounding == "stochastic", num_states=num_states)
 
 
 def _total(moment: Moment) -> int:
@@ -308,7 +312,7 @@ def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: A
         order = ["fp32"]
     order += [row.policy for row in rows if row.policy not in order]
     ranked = sorted(rows, key=lambda row: (order.index(row.policy), row.checkpointing, row.release_gradients))
-    fitting = [row for row in ranked if row.batch_size and row.peak <= memory]
+    fitting = [row for row in ranked if row.fits(memory)]
     size, room = f"{in_count(num_parameters)} parameters", in_bytes(memory)
     if not fitting:
         smallest = min(rows, key=lambda row: row.peak)
@@ -322,9 +326,10 @@ def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: A
     if not has_bfloat16:
         first = f"This GPU has no bfloat16 arithmetic, so {_described(best)} is the one to take: {need}."
     elif passed:
+        do = "do" if len(passed) > 1 else "does"
         first = (
-            f"Where accuracy is {accuracy}, {' and '.join(passed)} would come first and {_fail(passed)} not fit {size} "
-            f"into {room}, so {_described(best)} is the one to take: {need}."
+            f"Where accuracy is {accuracy}, {' and '.join(passed)} would come first and {do} not fit {size} into "
+            f"{room}, so {_described(best)} is the one to take: {need}."
         )
     else:
         first = f"Where accuracy is {accuracy}, {_described(best)} is the one to take for {size}: {need}."
@@ -332,10 +337,6 @@ def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: A
         best,
         f"{first} {_WHAT_IT_IS.get(best.policy, 'It is none of the presets that are known for their accuracy.')}",
     )
-
-
-def _fail(names: list[str]) -> str:
-    return "do" if len(names) > 1 else "does"
 
 
 def _described(row: Row) -> str:

@@ -34,16 +34,16 @@ def headline(plan: Plan) -> str:
 
 
 def as_table(plan: Plan) -> RenderableType:
-    table = Table(
-        "policy", "activations", "gradients", box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0)
-    )
-    columns = [part for part in PARTS if part != "gathered" or plan.num_devices > 1]
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    columns = parts_of(plan)
+    for name in ("policy", "checkpointing", "gradients"):
+        table.add_column(name)
     for name in ("rows", *columns, "peak"):
         table.add_column(name, justify="right")
     table.add_column("where it is")
     for row in plan.rows:
         chosen = row == plan.recommended
-        style = "bold green" if chosen else "dim" if not fits(plan, row) else ""
+        style = "bold green" if chosen else "dim" if not row.fits(plan.memory) else ""
         cells = (
             ("→ " if chosen else "  ") + row.policy, *handling(row), str(row.batch_size),
             *(in_bytes(getattr(row, part)) for part in columns), in_bytes(row.peak),
@@ -60,8 +60,9 @@ def handling(row: Row) -> tuple[str, str]:
     return "yes" if row.checkpointing else "no", "released" if row.release_gradients else "kept"
 
 
-def fits(plan: Plan, row: Row) -> bool:
-    return row.batch_size > 0 and row.peak <= plan.memory
+def parts_of(plan: Plan) -> list[str]:
+    """The parts of a peak that are shown: nothing is gathered where nothing is sharded."""
+    return [part for part in PARTS if part != "gathered" or plan.num_devices > 1]
 
 
 def as_json(plan: Plan) -> str:
@@ -73,7 +74,7 @@ def as_json(plan: Plan) -> str:
 
 def as_html(plan: Plan) -> str:
     """A page without scripts: a bar for each row, its parts to scale, and their numbers."""
-    columns = [part for part in PARTS if part != "gathered" or plan.num_devices > 1]
+    columns = parts_of(plan)
     largest = max((row.peak for row in plan.rows), default=1)
     widest = largest if plan.memory > 2 * largest else max(plan.memory, largest)  # a limit far away would hide the bars
     page = resources.files("fxopt.planning").joinpath("plan.html").read_text(encoding="utf-8")
@@ -94,7 +95,7 @@ def _row(plan: Plan, row: Row, columns: list[str], widest: int, limit: str) -> s
         f'title="{part} {in_bytes(getattr(row, part))}"></b>'
         for part in columns
     )
-    state = "chosen" if row == plan.recommended else "fits" if fits(plan, row) else "too-large"
+    state = "chosen" if row == plan.recommended else "fits" if row.fits(plan.memory) else "too-large"
     checkpointing, gradients = handling(row)
     numbers = "".join(
         f"<td>{text}" for text in (row.batch_size, *(in_bytes(getattr(row, p)) for p in columns), in_bytes(row.peak))

@@ -17,7 +17,7 @@ from torch import fx
 from transformers import PretrainedConfig
 
 from fxopt.capture import OptimizedForward, Settings
-from fxopt.inspection.fake_models import checkpoint_activations, fake_model
+from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch
 from fxopt.inspection.live_memory import Peak
 from fxopt.inspection.meter import Interpreter, Meter, Where
 from fxopt.precision.annotate import policy_of
@@ -80,11 +80,10 @@ class Simulation:
 
     def _step(self, batch_size: int, sequence_length: int) -> Step:
         with self._mode:
-            ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-            call = {"input_ids": ids, "labels": torch.zeros_like(ids), "use_cache": False}
+            call = labelled_batch(batch_size, sequence_length)
             self.forward.capture(dict(call))  # graphs that are new run once beside: compiling makes tensors too
-            self._meter, self._at_update = Meter(), Peak()
-            meter = self._meter
+            self._meter = meter = Meter()
+            self._at_update = Peak()
             for tensor in (*self.model.parameters(), *self.model.buffers(), *call.values()):
                 meter.ignore(tensor)
             try:

@@ -13,8 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from fxopt.precision.annotate import annotate, parameter_precisions
@@ -34,6 +32,7 @@ from fxopt.precision.optimizer import optimizer
 from fxopt.precision.policy import Policy, PolicyError, Precision, Selector, dtype_name
 from fxopt.precision.presets import resolve
 from fxopt.precision.roles import Role, parameter_roles
+from fxopt.printing import progress_bar
 
 Batch = Mapping[str, Any]
 
@@ -61,7 +60,7 @@ def calibrate(
     _check(model, lr, max_lost, max_noise, budget, steps, samples)
     base, bound = resolve(base, model), Losses(max_lost, max_noise)
     roles, shapes = parameter_roles(model), {name: tuple(p.shape) for name, p in model.named_parameters()}
-    with _random_state_kept(model), _progress() as show:
+    with _random_state_kept(model), progress_bar() as show:
         probe = _Probe(model, _first(batches, steps), lr, steps, samples, seed, emulate, options, show)
         measured, unmeasured, costs = probe.measure(base, roles)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -160,11 +159,11 @@ class _Probe:
         seen = Monitor(opt, samples=self._samples, labels=names)
         with torch.enable_grad():
             for step, batch in enumerate(itertools.islice(itertools.cycle(self._batches), self._steps)):
-                self._show(policy.name, step, self._steps)
+                self._show(f"training steps under {policy.name}", step, self._steps)
                 self._loss(trained, batch, step).backward()
                 opt.step()
                 opt.zero_grad()
-        self._show(policy.name, self._steps, self._steps)
+        self._show(f"training steps under {policy.name}", self._steps, self._steps)
         precisions = parameter_precisions(trained)
         costs = {row.name.partition("/")[2]: row for row in seen.rows}
         measured = [
@@ -398,16 +397,3 @@ def _generators(model: nn.Module) -> list[torch.Generator]:
             generators = getattr(torch.get_device_module(device), "default_generators", ())
             found += generators[device.index or 0 :][:1]
     return found
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function that shows (what, done, total) in a bar, on a terminal only."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("")
-
-        def show(policy: str, done: int, total: int) -> None:
-            progress.update(task, description=f"training steps under {policy}", completed=done, total=total)
-
-        yield show

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fxopt.precision.islands import Losses
 from fxopt.precision.policy import Policy, PolicyError, Selector, dtype_name
 from fxopt.precision.roles import Role
+from fxopt.printing import as_text
 
 MAX_ISLANDS_SHOWN = 12
 
@@ -115,10 +116,7 @@ class Calibration:
         }
 
     def __str__(self) -> str:
-        console = Console(width=140, file=None, force_terminal=False, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
         table = Table(title=f"policy {self.base.name}, {self.steps} probe steps at a learning rate of {self.lr:g}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from fxopt.precision.parameter_storage import is_int8
 from fxopt.precision.policy import Precision
 from fxopt.precision.roles import parameter_roles
 from fxopt.precision.update_samples import Sample, Sampler, Shadow, chance_to_stay, rounding_variance
+from fxopt.printing import as_text
 
 # Sums over the elements of one row and one step, in this order.
 _SUMS = (
@@ -168,10 +169,7 @@ class Monitor:
         figure.savefig(path)
 
     def __str__(self) -> str:
-        console = Console(width=140, file=None, force_terminal=False, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
         rows = self.rows

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fxopt.printing import as_text
 from fxopt.rewrite.match import NearMiss
 from fxopt.rewrite.pipeline import PassRecord, Refused
 from fxopt.rewrite.snapshot import NodeRow
@@ -118,10 +119,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        console = Console(width=120, file=None, force_terminal=False, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self, width=120)
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [Text(self._headline(), style="bold")]

@@ -159,6 +159,7 @@ def test_what_is_written(tmp_path):
     assert [sum(row[part] for part in PARTS) for row in data["rows"]] == [row["peak"] for row in data["rows"]]
     page = found.save(tmp_path / "plan.html").read_text()
     assert page.count("<tr class=") == len(found.rows) and found.why in page and "<script" not in page
+    assert str(found).splitlines()[1].split()[:3] == ["policy", "checkpointing", "gradients"]
     assert found.save(tmp_path / "plan.txt").read_text() == str(found) and found.why.split(".")[0] in str(found)
     with pytest.raises(ValueError, match=r"written as \.html, \.json, \.txt"):
         found.save(tmp_path / "plan.pdf")

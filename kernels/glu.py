@@ -49,7 +49,7 @@ def _value_and_slope(g, ACTIVATION: tl.constexpr):
         dz = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
         value, slope = g * sigmoid, sigmoid + g * sigmoid * (1.0 - sigmoid) * dz
     else:
-        value, slope = tl.maximum(g, 0.0), tl.where(g > 0.0, 1.0, 0.0)
+        value, slope = tl.where(g <= 0.0, 0.0, g), tl.where(g > 0.0, 1.0, 0.0)  # tl.maximum would make NaN 0
     return value, slope
 
 

@@ -81,7 +81,7 @@ def linear_cross_entropy_reference(
     )
     if z_loss:
         ignored = labels_of_rows == ignore_index
-        penalties = (z_loss * logits.logsumexp(1).square()).masked_fill(ignored, 0.0)
+        penalties = z_loss * logits.logsumexp(1).square() * ~ignored
         if reduction != "none":
             penalties = penalties.sum() / ((~ignored).sum() if reduction == "mean" else 1)
         losses = losses + penalties
@@ -302,6 +302,9 @@ def _loss_and_grads(
         loss = losses if all_kept else losses.new_zeros(num_rows).index_copy_(0, kept_rows, losses)
     else:
         loss = losses.sum() if reduction == "sum" else losses.mean()
+    if z_loss and reduction == "mean" and num_rows and not num_kept:  # a mean of no square: 0 / 0, its gradient too
+        for gradient in (dhidden, dweight, dbias):
+            gradient.fill_(math.nan)
     return loss.to(dtype), dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
 from fxopt.rewrite.graph import dtype_of, shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
+from fxopt.rewrite.sample import Example
 
 
 class SliceBeforeLinear(Rule):
@@ -74,14 +74,17 @@ class FuseLinearCrossEntropy(Rule):
         require(not dtype_of(labels).is_floating_point, "the labels are probabilities")  # type: ignore[union-attr]
 
     @staticmethod
-    def examples(ignore_index: int, vocabulary: int) -> dict[str, Callable[..., torch.Tensor]]:
+    def examples(ignore_index: int, vocabulary: int) -> dict[str, list[Example]]:
         def some_ignored(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-            labels = torch.randint(0, min(32, vocabulary), shape, generator=generator, dtype=dtype)
+            labels = torch.randint(0, vocabulary, shape, generator=generator, dtype=dtype)
             ignored = torch.rand(shape, generator=generator) < 0.3
             ignored.view(-1)[:1] = False  # the mean over no label is NaN, which proves nothing
             return labels.masked_fill_(ignored, ignore_index)
 
-        return {"labels": some_ignored}
+        def all_ignored(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+            return torch.full(shape, ignore_index, dtype=dtype)
+
+        return {"labels": [some_ignored, all_ignored]}
 
     @staticmethod
     def rewrite(

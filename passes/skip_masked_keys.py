@@ -7,7 +7,6 @@ as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from fxopt.passes.share_key_value_heads import ShareKeyValueHeads
 from fxopt.rewrite.graph import dtype_of, shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
+from fxopt.rewrite.sample import Example
 
 
 class SkipMaskedKeys(Rule):
@@ -29,6 +29,7 @@ class SkipMaskedKeys(Rule):
 
     op = "interval_attention"
     proof_context = staticmethod(always_in_blocks)
+    keeps_nan = False  # nor does torch's kernel: a row of few scores, all NaN, becomes 0 without a mask, NaN with one
 
     @staticmethod
     def pattern(
@@ -53,21 +54,25 @@ class SkipMaskedKeys(Rule):
         require(dtype_of(query) == dtype_of(key) == dtype_of(value), "query, key and value differ in dtype")
 
     @staticmethod
-    def examples() -> dict[str, Callable[..., torch.Tensor]]:
+    def examples() -> dict[str, Example | list[Example]]:
         def packed_and_padded(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
             batch_size, _, num_queries, num_keys = shape
             query, key = torch.arange(num_queries)[:, None], torch.arange(num_keys)
             middle, window = num_keys // 2, max(2, num_keys // 3)
             packed = (query < middle) == (key < middle)
             kinds = packed, key > 0, key < num_keys - 1, query - key < window  # the second hides a row as a whole
-            masks = [(key <= query) & kinds[row % len(kinds)] for row in range(batch_size)]
+            first = int(torch.randint(0, len(kinds), (), generator=generator))  # a batch of one gets one of the kinds
+            masks = [(key <= query) & kinds[(first + row) % len(kinds)] for row in range(batch_size)]
             return torch.stack(masks)[:, None].to(dtype)
+
+        def gaps_in_the(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+            return (torch.rand(shape, generator=generator) < 0.5).to(dtype)
 
         def moderate(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
 
         # Where scores are large, each row sees one key, and the gradients of query and key are rounding alone.
-        return {"mask": packed_and_padded, "query": moderate, "key": moderate}
+        return {"mask": [packed_and_padded, gaps_in_the], "query": moderate, "key": moderate}
 
     @staticmethod
     def rewrite(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> Any:

@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -69,8 +68,9 @@ class Rule:
     that must match for a mismatch to be worth a word.
 
     `examples(x, weight, …)` may return `{name: function(shape, dtype, generator) -> tensor}` for inputs that the
-    proof must not fill with normally distributed numbers. `proof_context` is what the proof runs in, for an op that
-    would treat its small tensors otherwise than those of the model.
+    proof must not fill with normally distributed numbers; a list of functions where the two sides must also be finite
+    alike for each but the first. `proof_context` is what the proof runs in, for an op that would treat its small
+    tensors otherwise than those of the model. `keeps_nan` is whether NaN and infinity must show where they showed.
     """
 
     pattern: ClassVar[Callable[..., Any]]
@@ -79,7 +79,8 @@ class Rule:
     op: ClassVar[str] = ""
     nearly: ClassVar[float] = 0.6
     check: ClassVar[Callable[..., None]] = staticmethod(lambda: None)
-    examples: ClassVar[Callable[..., dict[str, Callable[..., torch.Tensor]]]] = staticmethod(lambda: {})
+    examples: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(lambda: {})
+    keeps_nan: ClassVar[bool] = True
     proof_context: ClassVar[Callable[[], AbstractContextManager[None]]] = staticmethod(nullcontext)
 
     def __init_subclass__(cls) -> None:

@@ -1,44 +1,39 @@
 """The proof of a rewrite: what stands in the graph and what shall replace it, run on the same small inputs.
 
-Two things are shown, each for every result and for the gradient of every input that needs one:
+Three things are shown, each for every result and for the gradient of every input that needs one:
 
 1. *They are the same function.* In float64, with every floating dtype in both graphs widened to float64, they
    agree to a few roundings of float64. A wrong epsilon, scale, sign, shift or a dropped term does not pass.
 2. *The replacement is at least as accurate.* In the graph's own dtypes its error against that float64 result is at
    most 1.1 times the original's, plus one rounding of the result's dtype: for the largest error and for the mean.
+3. *They are finite alike.* With NaN, an infinity or a huge number in an input, with all labels ignored or a mask with
+   gaps, the same elements are NaN or infinite: nothing is hidden that the original shows, nor the other way round.
 
-Inputs are random at several magnitudes, among them zeros. Errors are draws: where the replacement's are larger in
-the first, several more decide, by the largest error of all and by the mean over all. Sizes that are dynamic in the
-graph are small here, and large static sizes (a vocabulary) are cut in both graphs alike, so that a proof takes
-milliseconds and no memory. Equal pairs of subgraphs are proven once.
+`sample.py` draws the inputs. Errors are draws, too: where the replacement's are larger in the first, several more
+decide, by the largest error of all and by the mean over all. Equal pairs of subgraphs are proven once.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxopt.rewrite.graph import requires_grad, value_of
-from fxopt.rewrite.match import call_with
 from fxopt.rewrite.replace import Rewrite
+from fxopt.rewrite.sample import MAGNITUDES, Sampler, Sizes
 
 FLOAT64_TOLERANCE = 1e-11  # relative to the largest element; thousands of float64 roundings, no formula's error
 SLACK = 1.1  # how much larger than the original's error the replacement's may be
 FEW = 100  # the error of fewer numbers, as the largest of many in float32, is a draw; it may be twice the original's
-MAGNITUDES = (1.0, 1e-2, 30.0, 1e4, 0.0)
 TINY = 1e-30  # where everything is smaller than this, errors are not relative any more
-SMALL_SIZES = (3, 5, 7, 11, 13)  # for dynamic sizes: distinct, so that a mixed-up axis shows
-ONLY_SIZE = (15,)  # for one dynamic size alone, as in a batch of one row: errors of three numbers would be luck
-UNKNOWN_SIZE = 17  # for a size that depends on data, and so was not known when the graph was captured
-MOST_ELEMENTS = 200_000  # of one input; beyond it, static sizes are cut
 SEED = 20_261_124
 MOST_DRAWS = 5  # if the errors are larger in the first: all of them, so that no lucky one ends it
 
@@ -109,59 +104,39 @@ def _prove(rewrite: Rewrite) -> Proof:
     # With the captured sizes where the small ones do not fit each other: after a graph break some are static.
     for small, cut in ((True, True), (True, False), (False, True)):
         try:
-            return _prove_at(rewrite, _Sizes(rewrite, small, cut))
+            return _prove_at(rewrite, Sizes(rewrite, small, cut))
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
     return _failed(f"could not be run on sample inputs: {failures[-1]}")
 
 
-class _Sizes:
-    """Small sizes for the dynamic and the very large sizes of a rewrite's inputs, the same in both graphs."""
-
-    def __init__(self, rewrite: Rewrite, small: bool, cut: bool):
-        hints = {
-            symbol: int(_hints(size.node.shape_env).get(symbol, UNKNOWN_SIZE))
-            for node in rewrite.inputs.values()
-            for size in [*getattr(value_of(node), "shape", ()), value_of(node)]
-            if isinstance(size, torch.SymInt)
-            for symbol in size.node.expr.free_symbols
-        }
-        self.static: dict[int, int] = {}
-        self.symbols = hints
-        if small:
-            # Symbols that were captured with one value may have to be equal, as the lengths of inputs and labels are.
-            ordered = sorted(set(hints.values()))
-            small_sizes = SMALL_SIZES if len(ordered) > 1 else ONLY_SIZE
-            self.symbols = {s: small_sizes[ordered.index(hint) % len(small_sizes)] for s, hint in hints.items()}
-        while cut and (largest := self._size_to_cut(rewrite)):
-            self.static[largest] = 32 + largest % 31
-
-    def _size_to_cut(self, rewrite: Rewrite) -> int | None:
-        for node in rewrite.inputs.values():
-            shape = getattr(value_of(node), "shape", ())
-            if math.prod(self.of(size) for size in shape) > MOST_ELEMENTS:
-                candidates = [int(size) for size in shape if not isinstance(size, torch.SymInt)]
-                left = [size for size in candidates if size not in self.static and size > 64]
-                return max(left, default=None)
-        return None
-
-    def of(self, size: Any) -> int:
-        if isinstance(size, torch.SymInt):
-            expression: sympy.Expr = size.node.expr
-            return int(expression.subs({symbol: self.static.get(n, n) for symbol, n in self.symbols.items()}))
-        return self.static.get(int(size), int(size))
-
-    def literal(self, value: Any) -> Any:
-        return self.static.get(value, value) if type(value) is int else value
-
-
-def _hints(shape_env: Any) -> dict[sympy.Symbol, Any]:
-    """The sizes that a graph was captured with; the attribute was renamed in torch 2.12."""
-    hints: dict[sympy.Symbol, Any] = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
-    return hints
-
-
 _Tensors = dict[str, Any]  # tensors by name: results, gradients, inputs afterwards
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What both sides made of one sample, in float64 and in their own dtypes."""
+
+    truth: _Tensors  # the original in float64
+    same: _Tensors  # the replacement in float64
+    original: _Tensors
+    replacement: _Tensors
+
+
+class _BothSides:
+    """The original and the replacement as functions, each in float64 and in its own dtypes."""
+
+    def __init__(self, rewrite: Rewrite, sizes: Sizes):
+        self.rewrite = rewrite
+        graphs = rewrite.original, rewrite.replacement
+        self.wide = [_runner(graph, sizes, _widened) for graph in graphs]
+        self.own = [_runner(graph, sizes) for graph in graphs]
+
+    def evaluate(self, inputs: dict[str, Any], seed: int) -> _Seen:
+        doubles = {name: _widened(value) for name, value in inputs.items()}
+        truth, same = (_evaluate(run, doubles, self.rewrite, seed) for run in self.wide)
+        original, replacement = (_evaluate(run, inputs, self.rewrite, seed) for run in self.own)
+        return _Seen(truth, same, original, replacement)
 
 
 @dataclass
@@ -169,26 +144,33 @@ class _Errors:
     """The errors of one value in one norm, relative to its size: the original's and the replacement's."""
 
     name: str
-    epsilon: float  # of the value's dtype
     slack: float
-    extra: float  # what one more rounding may add, in epsilons
+    least_rounding: float  # what one more rounding may always add
     pooled: bool  # over draws: the mean, not the largest
-    draws: list[tuple[float, float]] = field(default_factory=list)
+    is_narrow: bool  # a dtype of two bytes or less
+    draws: list[tuple[float, float, float]] = field(default_factory=list)  # the third is the truth's, rounded
 
     @property
     def original(self) -> float:
-        return self._over_draws([original for original, _ in self.draws])
+        return self._over_draws(0)
 
     @property
     def replacement(self) -> float:
-        return self._over_draws([replacement for _, replacement in self.draws])
+        return self._over_draws(1)
 
-    def _over_draws(self, errors: list[float]) -> float:
+    @property
+    def one_rounding(self) -> float:
+        return max(self.least_rounding, self._over_draws(2))
+
+    def _over_draws(self, which: int) -> float:
+        errors = [draw[which] for draw in self.draws]
         return math.hypot(*errors) / math.sqrt(len(errors)) if self.pooled else max(errors)
 
     @property
     def objection(self) -> str:
-        if self.replacement <= self.slack * self.original + self.extra * self.epsilon:
+        # Independent roundings add up in their squares. In float32 a sum in another order is as large as one.
+        add = math.hypot if self.pooled and self.is_narrow else operator.add
+        if self.replacement <= add(self.slack * self.original, self.one_rounding):
             return ""
         return f"less accurate: the error of {self.name} is {self.replacement:.1e}, was {self.original:.1e}"
 
@@ -196,101 +178,96 @@ class _Errors:
 _ErrorsOf = dict[tuple[str, str, float], _Errors]  # by value, norm and magnitude
 
 
-def _prove_at(rewrite: Rewrite, sizes: _Sizes) -> Proof:
-    run = _runner(rewrite.original, sizes), _runner(rewrite.replacement, sizes)
-    wide = _runner(rewrite.original, sizes, _widened), _runner(rewrite.replacement, sizes, _widened)
+def _prove_at(rewrite: Rewrite, sizes: Sizes) -> Proof:
+    sampler, both = Sampler(rewrite, sizes), _BothSides(rewrite, sizes)
     errors: _ErrorsOf = {}
     for draw in range(MOST_DRAWS):
         if draw == 1 and not any(kept.objection for kept in errors.values()):
             break
         for magnitude in MAGNITUDES:
-            inputs = _sample(rewrite, sizes, magnitude, seed=SEED + 2 * draw)
-            doubles = {name: _widened(value) for name, value in inputs.items()}
-            was, is_now = (_evaluate(side, inputs, rewrite, seed=SEED + 2 * draw + 1) for side in run)
-            truth, same = (_evaluate(side, doubles, rewrite, seed=SEED + 2 * draw + 1) for side in wide)
-            if reason := _why_another(truth, same, was, is_now):
+            seen = both.evaluate(sampler.ordinary(magnitude, SEED + 2 * draw), seed=SEED + 2 * draw + 1)
+            if reason := _why_another(seen):
                 return _failed(reason)
-            _note_errors(errors, truth, was, is_now, magnitude)
+            _note_errors(errors, seen, magnitude)
+            if magnitude == 1.0 and draw == 0:
+                ordinary = seen
     reason = next((kept.objection for kept in errors.values() if kept.objection), "")
+    num_inputs = (draw + 1) * len(MAGNITUDES)
+    for what, inputs in sampler.special(SEED) if not reason else ():
+        num_inputs += 1
+        if difference := _why_not_finite_alike(both.evaluate(inputs, seed=SEED + 1), ordinary):
+            reason = f"with {what}, {difference}"
+            break
     shown = [kept for (_, norm, magnitude), kept in errors.items() if norm == "largest" and magnitude in (0.0, 1.0)]
     return Proof(
         reason=reason,
         original_error=max((kept.original for kept in shown), default=0.0),
         replacement_error=max((kept.replacement for kept in shown), default=0.0),
-        num_inputs=(draw + 1) * len(MAGNITUDES),
+        num_inputs=num_inputs,
     )
 
 
-def _why_another(truth: _Tensors, same: _Tensors, original: _Tensors, replacement: _Tensors) -> str:
-    """Why the two are not one function, or ''. `truth` and `same` are the original's and the replacement's float64."""
-    for name, expected in truth.items():
-        difference = _largest(_difference(same[name], expected))
+def _why_another(seen: _Seen) -> str:
+    """Why the two are not one function, or ''."""
+    for name, expected in seen.truth.items():
+        difference = _largest(_difference(seen.same[name], expected))
         if not difference <= FLOAT64_TOLERANCE * max(_largest(expected), TINY):
             return f"another function: {name} differs by {difference:.1e} in float64"
-        was, is_now = original[name], replacement[name]
+        was, is_now = seen.original[name], seen.replacement[name]
         if was.dtype != is_now.dtype or was.shape != is_now.shape:
             return f"{name} is {is_now.dtype} {tuple(is_now.shape)}, was {was.dtype} {tuple(was.shape)}"
     return ""
 
 
-def _note_errors(
-    errors: _ErrorsOf, truth: _Tensors, original: _Tensors, replacement: _Tensors, magnitude: float
-) -> None:
+def _why_not_finite_alike(seen: _Seen, ordinary: _Seen) -> str:
+    """Why NaN and infinity are not where they were, or finite numbers not what they were; or ''.
+
+    A gradient that is zero for `ordinary` inputs, as of rows without a label, may be zero where it was 0 * NaN; and
+    what the gradient of a NaN is, does not matter. What overflows in a narrow dtype may overflow no longer.
+    """
+    for name, expected in seen.truth.items():
+        of = name.removeprefix("gradient of ")
+        same, was, is_now = seen.same[name], seen.original[name], seen.replacement[name]
+        judged = torch.ones_like(expected, dtype=torch.bool)
+        if of != name:
+            nowhere = (ordinary.truth[name] == 0.0) & (same == 0.0) & (is_now == 0.0)
+            judged = ~(nowhere | seen.truth[f"{of} afterwards"].isnan())
+        size = max(_largest(torch.where(expected.isfinite(), expected, 0.0)), TINY)
+        if of != name:  # NaN and infinity are one: formulas for a slope differ in what they make of infinity
+            expected, same = (torch.where(value.isfinite(), value, math.nan) for value in (expected, same))
+        differs = judged & (_difference(same, expected) > FLOAT64_TOLERANCE * size)
+        lost = judged & was.isfinite() & ~is_now.isfinite()
+        for where, shown, value in ((differs, expected, same), (lost, was, is_now)):
+            if where.any():
+                return f"{name} is {float(value[where][0]):.3g}, was {float(shown[where][0]):.3g}"
+    return ""
+
+
+def _note_errors(errors: _ErrorsOf, seen: _Seen, magnitude: float) -> None:
     """Keep each kind of error of this draw."""
-    for name, expected in truth.items():
-        was, is_now = original[name], replacement[name]
+    for name, expected in seen.truth.items():
+        was, is_now = seen.original[name], seen.replacement[name]
         if not was.is_floating_point():
             continue
         few = was.numel() < FEW  # their error is a draw: take the largest of several
         alike = magnitude == 0.0  # zeros in, numbers that are all the same out: one draw, however many they are
         for norm, measure in NORMS.items():
-            is_wide = was.element_size() >= 4
-            slack = 2.0 if few or (is_wide and (alike or norm == "largest")) else SLACK
+            is_narrow = was.element_size() < 4
+            slack = 2.0 if few or (not is_narrow and (alike or norm == "largest")) else SLACK
+            least = torch.finfo(was.dtype).eps * (1.0 if few else LEAST_ROUNDING[norm])
+            pooled = norm == "mean" and not few
             kept = errors.setdefault(
-                (name, norm, 0.0 if few else magnitude),
-                _Errors(
-                    name, torch.finfo(was.dtype).eps, slack, 1.0 if few else ONE_ROUNDING[norm],
-                    pooled=norm == "mean" and not few,
-                ),
-            )  # fmt: skip
-            size = max(measure(expected), TINY)
-            kept.draws.append(
-                (measure(_difference(was, expected)) / size, measure(_difference(is_now, expected)) / size)
+                (name, norm, 0.0 if few else magnitude), _Errors(name, slack, least, pooled, is_narrow)
             )
+            size = max(measure(expected), TINY)
+            first, second, third = (
+                measure(_difference(value, expected)) / size for value in (was, is_now, expected.to(was.dtype))
+            )
+            kept.draws.append((first, second, third))
 
 
 def _failed(reason: str) -> Proof:
     return Proof(reason, math.nan, math.nan, 0)
-
-
-def _sample(rewrite: Rewrite, sizes: _Sizes, magnitude: float, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    literals = {name: sizes.literal(value) for name, value in rewrite.match.bindings.items()}
-    special = call_with(rewrite.match.rule.examples, {**literals, **_values(rewrite)})
-    sample: dict[str, Any] = {}
-    for name, node in rewrite.inputs.items():
-        value = value_of(node)
-        if not isinstance(value, torch.Tensor):
-            sample[name] = sizes.of(value) if isinstance(value, torch.SymInt | int) else value
-            continue
-        shape = tuple(sizes.of(size) for size in value.shape)
-        if name in special:
-            tensor = special[name](shape, value.dtype, generator)
-        elif value.dtype.is_floating_point:
-            tensor = (torch.randn(shape, generator=generator) * magnitude).to(value.dtype)
-        elif value.dtype.is_complex:
-            parts = torch.randn(*shape, 2, generator=generator, dtype=value.dtype.to_real())
-            tensor = torch.view_as_complex(parts * magnitude)
-        else:
-            tensor = torch.randint(0, 2, shape, generator=generator).to(value.dtype)
-            if value.dtype == torch.bool and tensor.ndim > 1:
-                tensor[..., 0, :] = False  # a row that is masked as a whole
-        sample[name] = tensor.to(value.device)
-    return sample
-
-
-def _values(rewrite: Rewrite) -> dict[str, Any]:
-    return {name: value_of(node) for name, node in rewrite.inputs.items()}
 
 
 def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewrite: Rewrite, seed: int) -> _Tensors:
@@ -325,7 +302,7 @@ def _evaluate(run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewri
     return {n: torch.view_as_real(v.detach()) if v.is_complex() else v.detach() for n, v in named.items()}
 
 
-def _runner(graph: fx.Graph, sizes: _Sizes, change: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+def _runner(graph: fx.Graph, sizes: Sizes, change: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
     """`graph` as a function of its inputs by name; its literals are brought to the sample's sizes, and changed."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
@@ -376,6 +353,6 @@ def _difference(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 NORMS: dict[str, Callable[[torch.Tensor], float]] = {"largest": _largest, "mean": _root_mean_square}
-# What one more rounding may add, in units of the dtype's epsilon: to one element, and on the average of many. Half an
-# epsilon there too, since numbers that are all the same are all rounded alike, such as those of an even softmax.
-ONE_ROUNDING = {"largest": 1.0, "mean": 0.5}
+# What one more rounding may add, in units of the dtype's epsilon: to an unlucky element, and on the average of many
+# random ones, which is 0.2. Numbers that are all the same are rounded alike: see `_Errors.one_rounding`.
+LEAST_ROUNDING = {"largest": 1.0, "mean": 0.25}

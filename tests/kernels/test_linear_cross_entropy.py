@@ -186,7 +186,7 @@ def test_labels_and_gradients_that_are_not_contiguous(reduction: str, device: st
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("num_rows", [0, 5])
 def test_nothing_to_count(num_rows: int, reduction: str, options: dict[str, float], device: str) -> None:
-    """No rows, or all of them ignored: eager code's loss (nan for "mean") and its gradients, which are zero."""
+    """No rows, or all of them ignored: eager code's loss (nan for "mean") and its gradients, zero or nan."""
     hidden, weight, labels = inputs(num_rows, 8, 20, dtype=torch.bfloat16, device=device, ignored=2.0)
     bias = torch.zeros(20, device=device).bfloat16().requires_grad_()
     values = {"bias": bias, "reduction": reduction, **options}

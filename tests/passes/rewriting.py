@@ -42,7 +42,8 @@ def proven(function, *inputs: torch.Tensor) -> tuple[fx.GraphModule, list[str]]:
     """The rewritten graph, and the ops that it got, of which the proof refused none."""
     graph = captured(function, *inputs)
     records = EXACT.run(graph, Prover())
-    assert not [refused for record in records for refused in record.outcome.refused]
+    refused = [refused for record in records for refused in record.outcome.refused]
+    assert not refused, [each.proof.reason for each in refused]
     return graph, [change.op for record in records for change in record.outcome.changes]
 
 

@@ -84,6 +84,15 @@ def variance_norm(x: Any) -> Any:
     return ((h - h.mean(-1, keepdim=True)) * torch.rsqrt(variance + 1e-5)).to(x.dtype)
 
 
+def by_hand(x: Any, eps: float) -> Any:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def without_gaps(mask: Any) -> Any:
+    return mask.cumsum(-1).bool() & mask.flip(-1).cumsum(-1).flip(-1).bool()
+
+
 def turned(x: Any) -> Any:
     return torch.cat((-x[..., 8:], x[..., :8]), dim=-1)
 
@@ -184,6 +193,9 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseRMSNorm, "no gradient of the weight", lambda x, weight, eps: rms_norm(x, weight.detach(), eps)),
     (FuseRMSNorm, "no gradient of the input", lambda x, weight, eps: rms_norm(x.detach(), weight, eps)),
     (FuseRMSNorm, "LayerNorm", lambda x, weight, eps: layer_norm(x, weight, None, eps)),
+    (FuseRMSNorm, "zeros for NaN", lambda x, weight, eps: rms_norm(x.nan_to_num(nan=0.0), weight, eps)),
+    (FuseRMSNorm, "zeros for NaN in the weight", lambda x, weight, eps: rms_norm(x, weight.nan_to_num(nan=0.0), eps)),
+    (FuseRMSNorm, "numbers for infinity", lambda x, weight, eps: rms_norm(x.clamp(-1e5, 1e5), weight, eps)),
     (FuseFloat32WeightRMSNorm, "float16 inside", lambda x, weight, eps: rms_norm(x.half(), weight, eps).to(x.dtype)),
     (FuseFloat32WeightRMSNorm, "another dtype", lambda x, weight, eps: rms_norm(x.float(), weight, eps)),
     (FuseUnweightedRMSNorm, "epsilon after the root", lambda x, eps: rms_norm(x, None, 0.0) / (1 + eps)),
@@ -192,6 +204,7 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseL2Norm, "another epsilon", lambda x, eps: l2_norm(x, eps * 1.01)),
     (FuseLayerNorm, "no bias", lambda x, weight, eps: layer_norm(x, weight, None, eps)),
     (FuseLayerNorm, "no weight", lambda x, bias, eps: layer_norm(x, None, bias, eps)),
+    (FuseLayerNorm, "bfloat16 inside", lambda x, weight, bias, eps: by_hand(x, eps) * weight + bias),
     (FuseLayerNorm, "another epsilon", lambda x, weight, bias, eps: layer_norm(x, weight, bias, eps * 2)),
     (FuseLayerNorm, "RMSNorm", lambda x, weight, bias, eps: rms_norm(x, weight, eps) + bias),
     (FuseVarianceLayerNorm, "not centered", lambda x, eps: rms_norm(x, None, eps)),
@@ -206,6 +219,8 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseSwiGLU, "a percent too much", lambda gate, up: swiglu(gate, up * 1.01)),
     (FuseSwiGLU, "no gradient of the gate", lambda gate, up: swiglu(gate.detach(), up)),
     (FuseSwiGLU, "float16 inside", lambda gate, up: swiglu(gate.half(), up.half()).to(gate.dtype)),
+    (FuseSwiGLU, "two roundings more", lambda gate, up: (gate * 3) * (torch.sigmoid(gate) / 3) * up),
+    (FuseSwiGLU, "numbers for infinity", lambda gate, up: swiglu(gate.clamp(-1e5, 1e5), up)),
     (FuseGeGLU, "by tanh", lambda gate, up: geglu(gate, up, "tanh")),
     (FuseReGLU, "silu", lambda gate, up: swiglu(gate, up)),
     (FuseClampedSwiGLU, "gate and up swapped", lambda gate, up, alpha, limit: clamped_swiglu(up, gate, alpha, limit)),
@@ -217,6 +232,8 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseReLUSquared, "not squared", lambda x: F.relu(x)),
     (FuseReLUSquared, "the square of x", lambda x: torch.square(x)),
     (FuseReLUSquared, "a percent too much", lambda x: relu_squared(x) * 1.01),
+    (FuseReLUSquared, "zeros for NaN", lambda x: relu_squared(x.nan_to_num(nan=0.0))),
+    (FuseReLUSquared, "two roundings more", lambda x: relu_squared(x * 3) / 9),
     (FuseReLUSquared, "half the gradient", lambda x: reglu(x, x.detach())),
     (FuseRoPE, "sine and cosine swapped", lambda x, cos, sin: rope(x, sin, cos)),
     (FuseRoPE, "the other way round", lambda x, cos, sin: rope(x, cos, -sin)),
@@ -232,6 +249,9 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseLinearCrossEntropy, "no gradient of the head", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight.detach(), labels, bias=bias)),
     (FuseLinearCrossEntropy, "a bfloat16 softmax", lambda hidden, weight, bias, labels: F.cross_entropy(F.linear(hidden.flatten(0, -2), weight, bias), labels).to(torch.float32)),
     (FuseLinearCrossEntropy, "ignored labels count", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels.clamp(min=0), bias=bias)),
+    (FuseLinearCrossEntropy, "zero where all are ignored", lambda hidden, weight, bias, labels, ignore_index: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, reduction="sum") / (labels != ignore_index).sum().clamp(min=1)),
+    (FuseLinearCrossEntropy, "zero for NaN", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias).nan_to_num(nan=0.0)),
+    (FuseLinearCrossEntropy, "the first labels alone", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels.clamp(max=40), bias=bias)),
     (FuseScaledLinearCrossEntropy, "no scale", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias)),
     (FuseDividedLinearCrossEntropy, "times", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, logit_scale=scale)),
     (FuseSoftcappedLinearCrossEntropy, "no cap", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias)),
@@ -245,6 +265,7 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (ShareKeyValueHeads, "heads in another order", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key.flip(1), value.flip(1), is_causal=causal, enable_gqa=True)),
     (SkipMaskedKeys, "only causal", lambda query, key, value: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)),
     (SkipMaskedKeys, "intervals one key late", lambda query, key, value, mask, scale: interval_attention(query, key, value, mask, (visible_intervals(mask) + 1).clamp(max=mask.shape[-1]), scale)),
+    (SkipMaskedKeys, "gaps closed", lambda query, key, value, mask, scale: interval_attention(query, key, value, without_gaps(mask), visible_intervals(without_gaps(mask)), scale)),
     (SkipMaskedKeys, "another scale", lambda query, key, value, mask: interval_attention(query, key, value, mask, visible_intervals(mask), 0.2525)),
     (SkipMaskedKeys, "keys without gradient", lambda query, key, value, mask, scale: interval_attention(query, key.detach(), value, mask, visible_intervals(mask), scale)),
 ]  # fmt: skip

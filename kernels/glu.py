@@ -49,7 +49,7 @@ def _value_and_slope(g, ACTIVATION: tl.constexpr):
         dz = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
         value, slope = g * sigmoid, sigmoid + g * sigmoid * (1.0 - sigmoid) * dz
     else:
-        value, slope = tl.where(g <= 0.0, 0.0, g), tl.where(g > 0.0, 1.0, 0.0)  # tl.maximum would make NaN 0
+        value, slope = tl.where(g <= 0.0, 0.0, g), tl.where(g <= 0.0, 0.0, 1.0)  # tl.maximum would make NaN 0
     return value, slope
 
 
@@ -81,7 +81,10 @@ def _glu_bwd_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(DTYPE)
     up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(DTYPE)
     value, slope = _value_and_slope(gate, ACTIVATION)
-    tl.store(dgate_ptr + row * D + cols, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
+    dgate = dy * up * slope
+    if ACTIVATION == "relu":
+        dgate = tl.where(slope == 0.0, 0.0, dgate)  # of NaN and infinity too
+    tl.store(dgate_ptr + row * D + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + row * D + cols, (dy * value).to(dup_ptr.dtype.element_ty), mask=mask)
 
 

@@ -286,6 +286,7 @@ def _loss_and_grads(
         else:
             torch.addmm(bias, h, weight.t(), out=logits)
         softmax_rows(logits, labels[chunk], None if scales is None else scales[chunk], losses[chunk], options)
+        logits[max(num_kept - chunk.start, 0) :] = 0.0  # where infinite weights make NaN of rows of zeros
         if want_hidden:
             torch.mm(logits, weight, out=dhidden[chunk])
         if want_weight and summed:

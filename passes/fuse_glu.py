@@ -10,7 +10,7 @@ from torch import fx
 
 from fxopt.kernels.clamped_swiglu import clamped_swiglu
 from fxopt.kernels.glu import geglu, reglu, swiglu
-from fxopt.rewrite.graph import shape_of
+from fxopt.rewrite.graph import dtype_of, shape_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
@@ -33,6 +33,19 @@ class FuseSwiGLU(Rule):
     @staticmethod
     def rewrite(gate: Any, up: Any) -> Any:
         return swiglu(gate, up)
+
+
+class FuseCastSwiGLU(FuseSwiGLU):
+    """silu(gate.float()).to(dtype) * up: the activation alone in float32"""
+
+    @staticmethod
+    def pattern(gate: Any, up: Any, wide: Any, dtype: Any) -> Any:
+        return F.silu(gate.to(wide)).to(dtype) * up
+
+    @staticmethod
+    def check(gate: fx.Node, up: fx.Node, dtype: torch.dtype) -> None:
+        FuseSwiGLU.check(gate, up)
+        require(dtype_of(gate) == dtype, f"the activation is cast to {dtype}, the gate is {dtype_of(gate)}")
 
 
 class FuseGeGLU(FuseSwiGLU):
@@ -87,4 +100,4 @@ class FuseClampedSwiGLU(Rule):
         return clamped_swiglu(gate, up, alpha, limit)
 
 
-FUSE_GLU = rules_pass("fuse_glu", FuseSwiGLU, FuseGeGLU, FuseReGLU, FuseClampedSwiGLU)
+FUSE_GLU = rules_pass("fuse_glu", FuseSwiGLU, FuseCastSwiGLU, FuseGeGLU, FuseReGLU, FuseClampedSwiGLU)

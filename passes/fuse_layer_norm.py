@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.layer_norm import layer_norm
+from fxopt.passes.fuse_rms_norm import check_dtypes
 from fxopt.rewrite.graph import dtype_of, shape_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
@@ -35,21 +36,21 @@ class FuseLayerNorm(Rule):
 
 
 class FuseFloat32LayerNorm(Rule):
-    """(weight * (x - mean(x)) * rsqrt(mean((x - mean(x))²) + eps)).to(dtype), all in float32
+    """(weight * (x - mean(x)) * rsqrt(mean((x - mean(x))²) + eps)).to(dtype), in float32 or in the dtype of x
 
     Source: transformers CohereLayerNorm.forward.
     """
 
     @staticmethod
-    def pattern(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
-        h = x.to(torch.float32)
+    def pattern(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
         centered = h - h.mean(-1, keepdim=True)
         variance = centered.pow(2).mean(-1, keepdim=True)
-        return (weight.to(torch.float32) * (centered * torch.rsqrt(variance + eps))).to(dtype)
+        return (weight.to(wide) * (centered * torch.rsqrt(variance + eps))).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, weight: fx.Node, dtype: torch.dtype) -> None:
-        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+    def check(x: fx.Node, weight: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_dtypes(x, wide, dtype)
         require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
 
     @staticmethod
@@ -64,15 +65,15 @@ class FuseUnweightedLayerNorm(FuseFloat32LayerNorm):
     """
 
     @staticmethod
-    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
-        h = x.to(torch.float32)
+    def pattern(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
         centered = h - h.mean(-1, keepdim=True)
         variance = centered.pow(2).mean(-1, keepdim=True)
         return (centered * torch.rsqrt(variance + eps)).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, dtype: torch.dtype) -> None:
-        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+    def check(x: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_dtypes(x, wide, dtype)
 
     @staticmethod
     def rewrite(x: Any, eps: Any) -> Any:
@@ -86,10 +87,20 @@ class FuseVarianceLayerNorm(FuseUnweightedLayerNorm):
     """
 
     @staticmethod
-    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
-        h = x.to(torch.float32)
+    def pattern(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
         variance = h.var(dim=-1, keepdim=True, unbiased=False)
         return ((h - h.mean(-1, keepdim=True)) * torch.rsqrt(variance + eps)).to(dtype)
+
+
+class FuseVarianceAndMeanLayerNorm(FuseUnweightedLayerNorm):
+    """The same with `torch.var_mean`"""
+
+    @staticmethod
+    def pattern(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
+        both = torch.var_mean(h, dim=-1, keepdim=True, unbiased=False)
+        return ((h - both[1]) * torch.rsqrt(both[0] + eps)).to(dtype)
 
 
 FUSE_LAYER_NORM = rules_pass(
@@ -98,4 +109,5 @@ FUSE_LAYER_NORM = rules_pass(
     FuseFloat32LayerNorm,
     FuseUnweightedLayerNorm,  # after the one that it is a part of
     FuseVarianceLayerNorm,
+    FuseVarianceAndMeanLayerNorm,
 )

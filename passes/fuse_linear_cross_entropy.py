@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
-from fxopt.rewrite.graph import dtype_of, shape_of, value_of
+from fxopt.rewrite.graph import cast, dtype_of, shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
-from fxopt.rewrite.sample import Example
+from fxopt.rewrite.sample import Example, examples_of_labels
 
 
 class SliceBeforeLinear(Rule):
@@ -39,12 +39,55 @@ class SliceBeforeLinear(Rule):
         return F.linear(hidden[..., rows, :], weight, bias)
 
 
-class ContiguousSliceBeforeLinear(SliceBeforeLinear):
-    """linear(hidden, weight)[..., rows, :].contiguous(), which the shorter product is by itself"""
+class SliceBeforeCastLinear(SliceBeforeLinear):
+    """The same with a cast between
+
+    Source: models that shift float32 logits themselves, as all of transformers' did once.
+    """
 
     @staticmethod
-    def pattern(hidden: Any, weight: Any, bias: Any, rows: Any) -> Any:
-        return F.linear(hidden, weight, bias)[..., rows, :].contiguous()
+    def pattern(hidden: Any, weight: Any, bias: Any, dtype: Any, rows: Any) -> Any:
+        return F.linear(hidden, weight, bias).to(dtype)[..., rows, :]
+
+    @staticmethod
+    def check(hidden: fx.Node, dtype: torch.dtype, rows: Any) -> None:
+        require(dtype_of(hidden) != dtype, "")  # there is no cast
+        SliceBeforeLinear.check(hidden, rows)
+
+    @staticmethod
+    def rewrite(hidden: Any, weight: Any, bias: Any, dtype: Any, rows: Any) -> Any:
+        return cast(F.linear(hidden[..., rows, :], weight, bias), dtype)
+
+
+class CastBeforeView(Rule):
+    """cross_entropy(logits.view(-1, vocabulary).float(), labels), with the cast first as in most models"""
+
+    op = "cross_entropy"
+    nearly = 1.0
+
+    @staticmethod
+    def pattern(
+        logits: Any, labels: Any, dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
+    ) -> Any:
+        rows = logits.view(-1, vocabulary).to(dtype)
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return F.cross_entropy(rows, labels, **options)
+
+    @staticmethod
+    def check(logits: fx.Node, dtype: torch.dtype) -> None:
+        require(dtype_of(logits) != dtype, "")  # there is no cast
+
+    @staticmethod
+    def examples(ignore_index: int, logits: torch.Tensor) -> dict[str, list[Example]]:
+        return examples_of_labels(logits.shape[-1], ignore_index)
+
+    @staticmethod
+    def rewrite(
+        logits: Any, labels: Any, dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
+    ) -> Any:
+        rows = cast(logits, dtype).view((-1, vocabulary))
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return F.cross_entropy(rows, labels, **options)
 
 
 class FuseLinearCrossEntropy(Rule):
@@ -65,26 +108,12 @@ class FuseLinearCrossEntropy(Rule):
 
     @staticmethod
     def check(hidden: fx.Node, weight: fx.Node, labels: fx.Node, vocabulary: int) -> None:
-        dtype, device = dtype_of(hidden), value_of(hidden).device.type
-        require(dtype != torch.float16, "float16 gradients would be computed before the loss is scaled, and underflow")
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
-        require(not cast, f"autocast casts the {dtype} inputs of the output head")
         require(shape_of(weight)[:1] == (vocabulary,), f"the logits are viewed as rows of {vocabulary}")
-        require(len(shape_of(labels)) == 1, "the labels are not one class for each row")
-        require(not dtype_of(labels).is_floating_point, "the labels are probabilities")  # type: ignore[union-attr]
+        check_loss(hidden, weight, labels)
 
     @staticmethod
-    def examples(ignore_index: int, vocabulary: int) -> dict[str, list[Example]]:
-        def some_ignored(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-            labels = torch.randint(0, vocabulary, shape, generator=generator, dtype=dtype)
-            ignored = torch.rand(shape, generator=generator) < 0.3
-            ignored.view(-1)[:1] = False  # the mean over no label is NaN, which proves nothing
-            return labels.masked_fill_(ignored, ignore_index)
-
-        def all_ignored(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-            return torch.full(shape, ignore_index, dtype=dtype)
-
-        return {"labels": [some_ignored, all_ignored]}
+    def examples(ignore_index: int, weight: torch.Tensor) -> dict[str, list[Example]]:
+        return examples_of_labels(weight.shape[0], ignore_index)
 
     @staticmethod
     def rewrite(
@@ -95,6 +124,16 @@ class FuseLinearCrossEntropy(Rule):
         return linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, dtype=dtype, **options)
 
 
+def check_loss(hidden: fx.Node, weight: fx.Node, labels: fx.Node, num_axes: int = 1) -> None:
+    """What all losses need: dtypes that the op rounds as the model does, and one class for each row."""
+    dtype, device = dtype_of(hidden), value_of(hidden).device.type
+    require(dtype != torch.float16, "float16 gradients would be computed before the loss is scaled, and underflow")
+    is_cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
+    require(not is_cast, f"autocast casts the {dtype} inputs of the output head")
+    require(len(shape_of(labels)) == num_axes, "the labels are not one class for each row")
+    require(not dtype_of(labels).is_floating_point, "the labels are probabilities")  # type: ignore[union-attr]
+
+
 def loss_of(
     logits: Any, labels: Any, dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
 ) -> Any:
@@ -102,6 +141,50 @@ def loss_of(
     rows = logits.to(dtype).view(-1, vocabulary)
     options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     return F.cross_entropy(rows, labels, **options)
+
+
+class FuseRowsLinearCrossEntropy(FuseLinearCrossEntropy):
+    """The same where hidden has two axes already"""
+
+    @staticmethod
+    def pattern(
+        hidden: Any, weight: Any, bias: Any, labels: Any,
+        dtype: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        rows = F.linear(hidden, weight, bias).to(dtype)
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return F.cross_entropy(rows, labels, **options)
+
+    @staticmethod
+    def check(hidden: fx.Node, weight: fx.Node, labels: fx.Node) -> None:
+        require(len(shape_of(hidden)) == 2, "the logits are no rows of the vocabulary")
+        check_loss(hidden, weight, labels)
+
+    @staticmethod
+    def rewrite(
+        hidden: Any, weight: Any, bias: Any, labels: Any,
+        dtype: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return linear_cross_entropy(hidden, weight, labels, bias=bias, dtype=dtype, **options)
+
+
+class FuseTransposedLinearCrossEntropy(FuseRowsLinearCrossEntropy):
+    """cross_entropy(linear(hidden, weight).transpose(1, 2), labels), with labels (batch, length)"""
+
+    @staticmethod
+    def pattern(
+        hidden: Any, weight: Any, bias: Any, labels: Any,
+        dtype: Any, ignore_index: Any, reduction: Any, label_smoothing: Any,
+    ) -> Any:  # fmt: skip
+        logits = torch.transpose(F.linear(hidden, weight, bias).to(dtype), 1, 2)
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return F.cross_entropy(logits, labels, **options)
+
+    @staticmethod
+    def check(hidden: fx.Node, weight: fx.Node, labels: fx.Node) -> None:
+        require(len(shape_of(hidden)) == 3, "the logits have other axes than batch, length and vocabulary")
+        check_loss(hidden, weight, labels, num_axes=2)
 
 
 class FuseScaledLinearCrossEntropy(FuseLinearCrossEntropy):
@@ -217,10 +300,13 @@ class FuseLinearCrossEntropyWithZLoss(FuseScaledLinearCrossEntropy):
 
 FUSE_LINEAR_CROSS_ENTROPY = rules_pass(
     "fuse_linear_cross_entropy",
-    ContiguousSliceBeforeLinear,  # before the next, which would leave the copy
+    CastBeforeView,
+    SliceBeforeCastLinear,
     SliceBeforeLinear,
     FuseLinearCrossEntropyWithZLoss,
     FuseLinearCrossEntropy,
+    FuseRowsLinearCrossEntropy,
+    FuseTransposedLinearCrossEntropy,
     FuseScaledLinearCrossEntropy,
     FuseDividedLinearCrossEntropy,
     FuseSoftcappedLinearCrossEntropy,

@@ -1,4 +1,4 @@
-"""RMSNorm, in the cast orders that models use  →  `fxopt::rms_norm`, which is float32 inside and rounds once."""
+"""RMSNorm, in the cast orders that models use, or without casts  →  `fxopt::rms_norm`: float32 inside, rounded once."""
 
 from __future__ import annotations
 
@@ -20,20 +20,26 @@ class FuseRMSNorm(Rule):
     """
 
     @staticmethod
-    def pattern(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
-        h = x.to(torch.float32)
+    def pattern(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
         variance = h.pow(2).mean(-1, keepdim=True)
         return weight * (h * torch.rsqrt(variance + eps)).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, weight: fx.Node, dtype: torch.dtype) -> None:
-        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+    def check(x: fx.Node, weight: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_dtypes(x, wide, dtype)
         require(dtype_of(weight) == dtype, f"the weight is {dtype_of(weight)}, which promotes a {dtype} result")
         require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
 
     @staticmethod
     def rewrite(x: Any, weight: Any, eps: Any) -> Any:
         return rms_norm(x, weight, eps)
+
+
+def check_dtypes(x: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
+    """What all norms need: a result in the dtype of x, calculated in nothing wider than the op does."""
+    require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+    require(wide != torch.float64 or dtype == wide, f"the norm of {dtype} is calculated in float64")
 
 
 class FusePromotedRMSNorm(FuseRMSNorm):
@@ -43,8 +49,8 @@ class FusePromotedRMSNorm(FuseRMSNorm):
     """
 
     @staticmethod
-    def pattern(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
-        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    def pattern(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        variance = x.to(wide).pow(2).mean(-1, keepdim=True)
         return weight * (x * torch.rsqrt(variance + eps)).to(dtype)
 
 
@@ -55,14 +61,14 @@ class FuseFloat32WeightRMSNorm(FuseRMSNorm):
     """
 
     @staticmethod
-    def pattern(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
-        h = x.to(torch.float32)
+    def pattern(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
         variance = h.pow(2).mean(-1, keepdim=True)
         return (weight * (h * torch.rsqrt(variance + eps))).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, weight: fx.Node, dtype: torch.dtype) -> None:
-        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+    def check(x: fx.Node, weight: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_dtypes(x, wide, dtype)
         require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
 
 
@@ -73,14 +79,14 @@ class FuseUnweightedRMSNorm(FuseRMSNorm):
     """
 
     @staticmethod
-    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
-        h = x.to(torch.float32)
+    def pattern(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
         variance = h.pow(2).mean(-1, keepdim=True)
         return (h * torch.rsqrt(variance + eps)).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, dtype: torch.dtype) -> None:
-        require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
+    def check(x: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_dtypes(x, wide, dtype)
 
     @staticmethod
     def rewrite(x: Any, eps: Any) -> Any:
@@ -94,8 +100,8 @@ class FuseL2Norm(FuseUnweightedRMSNorm):
     """
 
     @staticmethod
-    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
-        h = x.to(torch.float32)
+    def pattern(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
         return (h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + eps)).to(dtype)
 
     @staticmethod
@@ -110,8 +116,8 @@ class FuseRoundedRMSNorm(FuseUnweightedRMSNorm):
     """
 
     @staticmethod
-    def pattern(x: Any, eps: Any, dtype: Any) -> Any:
-        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    def pattern(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        variance = x.to(wide).pow(2).mean(-1, keepdim=True)
         return x * torch.rsqrt(variance + eps).to(dtype)
 
 

@@ -65,6 +65,23 @@ class FuseNegativeRoPE(FuseRoPE):
         return rope(cast(x, dtype), cos, -sin)
 
 
+class FuseChunkedRoPE(FuseRoPE):
+    """The same with the halves from `chunk`
+
+    Source: modelling code outside transformers, as that of ChatGLM and of GPT-NeoX's forks.
+    """
+
+    @staticmethod
+    def pattern(x: Any, cos: Any, sin: Any, wide: Any, before: Any, after: Any, dtype: Any) -> Any:
+        halves = torch.chunk(x.to(before), 2, dim=-1)
+        rotated = torch.cat((-halves[1], halves[0]), dim=-1).to(after)
+        return (x.to(wide) * cos + rotated * sin).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, cos: fx.Node, sin: fx.Node, dtype: torch.dtype) -> None:
+        check_rotation(x, cos, sin, dtype)
+
+
 class FusePairsRoPE(FuseRoPE):
     """x * cos + rotate(x) * sin, where neighbours rotate with each other
 
@@ -102,6 +119,74 @@ class FuseHalvesRoPE(FusePairsRoPE):
         return rope(cast(x, dtype), cos, sin)
 
 
+class FuseSlicedHalvesRoPE(FuseHalvesRoPE):
+    """The same with the halves as slices"""
+
+    @staticmethod
+    def pattern(x: Any, cos: Any, sin: Any, half: Any, dtype: Any) -> Any:
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, cos: fx.Node, sin: fx.Node, half: int, dtype: torch.dtype) -> None:
+        FuseRoPE.check(x, cos, sin, half, dtype)
+
+
+class FuseNegativeSlicedHalvesRoPE(FuseSlicedHalvesRoPE):
+    """The same the other way round
+
+    Source: nanochat.gpt.apply_rotary_emb.
+    """
+
+    @staticmethod
+    def pattern(x: Any, cos: Any, sin: Any, half: Any, dtype: Any) -> Any:
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat((first * cos + second * sin, first * -sin + second * cos), dim=-1).to(dtype)
+
+    @staticmethod
+    def rewrite(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        return rope(cast(x, dtype), cos, -sin)
+
+
+class FuseSlicedPairsRoPE(FusePairsRoPE):
+    """Neighbours rotate with each other, one by one, and are stacked again"""
+
+    @staticmethod
+    def pattern(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
+        first, second = x[..., ::2], x[..., 1::2]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(dtype)
+
+
+class FuseStackedPairsRoPE(FusePairsRoPE):
+    """The same with neighbours as an axis of their own
+
+    Source: torchtune.modules.RotaryPositionalEmbeddings.forward.
+    """
+
+    @staticmethod
+    def pattern(
+        x: Any, cos: Any, sin: Any, wide: Any, batch: Any, heads: Any, length: Any, pairs: Any, dtype: Any
+    ) -> Any:
+        both = x.to(wide).reshape((batch, heads, length, pairs, 2))
+        first, second = both[..., 0], both[..., 1]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(dtype)
+
+
+class FuseUnboundPairsRoPE(FusePairsRoPE):
+    """The same with `unbind`
+
+    Source: llama2.c's model.apply_rotary_emb.
+    """
+
+    @staticmethod
+    def pattern(
+        x: Any, cos: Any, sin: Any, wide: Any, batch: Any, heads: Any, length: Any, pairs: Any, dtype: Any
+    ) -> Any:
+        both = torch.unbind(x.to(wide).reshape((batch, heads, length, pairs, 2)), -1)
+        first, second = both[0], both[1]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(dtype)
+
+
 class FusePairsToHalvesRoPE(FusePairsRoPE):
     """Neighbours rotate with each other, and go to the two halves of the result
 
@@ -127,7 +212,7 @@ class FuseComplexRoPE(FuseRoPE):
     @staticmethod
     def pattern(x: Any, rotation: Any, wide: Any, pairs: Any, batch: Any, length: Any, heads: Any, dtype: Any) -> Any:
         numbers = torch.view_as_complex(x.to(wide).reshape((batch, length, heads, pairs, 2)))
-        return torch.view_as_real(numbers * rotation).flatten(3).to(dtype)
+        return torch.view_as_real(numbers * rotation).flatten(-2).to(dtype)
 
     @staticmethod
     def check(x: fx.Node, rotation: fx.Node, dtype: torch.dtype) -> None:
@@ -142,8 +227,14 @@ FUSE_ROPE = rules_pass(
     "fuse_rope",
     FuseRoPE,
     FuseNegativeRoPE,
+    FuseChunkedRoPE,
     FusePairsRoPE,
     FuseHalvesRoPE,
+    FuseSlicedHalvesRoPE,
+    FuseNegativeSlicedHalvesRoPE,
+    FuseSlicedPairsRoPE,
+    FuseStackedPairsRoPE,
+    FuseUnboundPairsRoPE,
     FusePairsToHalvesRoPE,
     FuseComplexRoPE,
 )

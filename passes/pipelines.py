@@ -11,6 +11,7 @@ from fxopt.passes.fuse_linear_cross_entropy import FUSE_LINEAR_CROSS_ENTROPY
 from fxopt.passes.fuse_relu_squared import FUSE_RELU_SQUARED
 from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM
 from fxopt.passes.fuse_rope import FUSE_ROPE
+from fxopt.passes.recognize_functions import RECOGNIZE_FUNCTIONS
 from fxopt.passes.remove_casts import REMOVE_CASTS
 from fxopt.passes.restore_causal_attention import RESTORE_CAUSAL_ATTENTION
 from fxopt.passes.separate_logits import SEPARATE_LOGITS
@@ -23,6 +24,7 @@ EXACT = Pipeline(
         CANONICALIZE,  # first: everything after it expects one spelling for each operation
         SEPARATE_LOGITS,  # before the loss is fused: the loss must be the only reader of its logits
         REMOVE_CASTS,  # before the fusions, whose patterns are written without redundant casts
+        RECOGNIZE_FUNCTIONS,  # before the fusions, whose patterns call them
         FUSE_LAYER_NORM,  # before the next, which would find the norm of the centered rows in it
         FUSE_RMS_NORM,
         FUSE_ROPE,  # before the next, which would take the sum in it for a residual one

@@ -26,9 +26,7 @@ WIDER: dict[torch.dtype, frozenset[torch.dtype]] = {
 
 
 # What casts its input by itself, where it is told to.
-CASTING = frozenset(
-    {torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax, torch.sum, torch.mean}
-)
+CASTING = frozenset({torch.softmax, torch.log_softmax, torch.sum, torch.mean})
 
 
 def remove_casts(graph: fx.Graph) -> None:

@@ -40,18 +40,13 @@ class SkipMaskedKeys(Rule):
         )
 
     @staticmethod
-    def check(query: fx.Node, key: fx.Node, value: fx.Node, mask: Any, dropout: float, causal: bool) -> None:
-        require(isinstance(mask, fx.Node) and not causal, "")  # nothing is missed
-        require(value_of(query).device.type == "cpu", "the model is not on a CPU")
-        require(dtype_of(mask) == torch.bool, f"the mask is {dtype_of(mask)}: added to the scores, not chosen by")
-        require(len(shape_of(query)) == len(shape_of(mask)) == 4, "query or mask is not four-dimensional")
-        require(shape_of(mask)[1] == 1, "the heads have masks of their own")
-        require(shape_of(mask)[-2:] == (shape_of(query)[-2], shape_of(key)[-2]), "the mask is broadcast")
-        require(shape_of(query)[0] == shape_of(key)[0], "queries and keys differ in their number of rows")
-        require(shape_of(mask)[0] in (1, shape_of(query)[0]), "queries and mask differ in their number of rows")
-        require(dropout == 0.0, "attention drops out at random, so the rewrite cannot be proven")
-        require(shape_of(key) == shape_of(value), "keys and values differ in shape")
-        require(dtype_of(query) == dtype_of(key) == dtype_of(value), "query, key and value differ in dtype")
+    def check(
+        query: fx.Node, key: fx.Node, value: fx.Node, mask: Any, dropout: float, causal: bool, grouped: bool
+    ) -> None:
+        check_attention(query, key, value, mask, dropout, causal)
+        is_broadcast = not grouped and shape_of(query)[1] != shape_of(key)[1]
+        wide = dtype_of(query) == torch.float32 or not is_broadcast
+        require(wide, "one key head is broadcast to all query heads, and torch calculates that in float32")
 
     @staticmethod
     def examples() -> dict[str, Example | list[Example]]:
@@ -79,6 +74,21 @@ class SkipMaskedKeys(Rule):
         return interval_attention(query, key, value, mask, visible_intervals(mask), scale)
 
 
+def check_attention(query: fx.Node, key: fx.Node, value: fx.Node, mask: Any, dropout: float, causal: bool) -> None:
+    """What the op needs: a boolean mask for all heads, keys and values alike, no dropout, a CPU."""
+    require(isinstance(mask, fx.Node) and not causal, "")  # nothing is missed
+    require(value_of(query).device.type == "cpu", "the model is not on a CPU")
+    require(dtype_of(mask) == torch.bool, f"the mask is {dtype_of(mask)}: added to the scores, not chosen by")
+    require(len(shape_of(query)) == len(shape_of(mask)) == 4, "query or mask is not four-dimensional")
+    require(shape_of(mask)[1] == 1, "the heads have masks of their own")
+    require(shape_of(mask)[-2:] == (shape_of(query)[-2], shape_of(key)[-2]), "the mask is broadcast")
+    require(shape_of(query)[0] == shape_of(key)[0], "queries and keys differ in their number of rows")
+    require(shape_of(mask)[0] in (1, shape_of(query)[0]), "queries and mask differ in their number of rows")
+    require(dropout == 0.0, "attention drops out at random, so the rewrite cannot be proven")
+    require(shape_of(key) == shape_of(value), "keys and values differ in shape")
+    require(dtype_of(query) == dtype_of(key) == dtype_of(value), "query, key and value differ in dtype")
+
+
 class SkipMaskedKeysOfSharedHeads(SkipMaskedKeys):
     """sdpa(query, repeat_kv(key), repeat_kv(value), attn_mask=mask)
 
@@ -86,6 +96,7 @@ class SkipMaskedKeysOfSharedHeads(SkipMaskedKeys):
     """
 
     pattern = staticmethod(ShareKeyValueHeads.pattern)  # type: ignore[assignment]  # it binds other names
+    check = staticmethod(check_attention)  # type: ignore[assignment]
 
 
 SKIP_MASKED_KEYS = rules_pass(

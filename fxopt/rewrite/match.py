@@ -69,8 +69,9 @@ class Rule:
 
     `examples(x, weight, …)` may return `{name: function(shape, dtype, generator) -> tensor}` for inputs that the
     proof must not fill with normally distributed numbers; a list of functions where the two sides must also be finite
-    alike for each but the first. `proof_context` is what the proof runs in, for an op that would treat its small
-    tensors otherwise than those of the model. `keeps_nan` is whether NaN and infinity must show where they showed.
+    alike for each but the first. It is given tensors in the sizes of the sample, without memory. `proof_context` is
+    what the proof runs in, for an op that would treat its small tensors otherwise than those of the model.
+    `keeps_nan` is whether NaN and infinity must show where they showed.
     """
 
     pattern: ClassVar[Callable[..., Any]]
@@ -230,7 +231,7 @@ class _Comparison:
             return
         if pattern.target is cast:
             yield from self._compare_without_cast(pattern, value, state)
-        if not isinstance(value, fx.Node) or (pattern.op, pattern.target) != (value.op, value.target):
+        if not isinstance(value, fx.Node) or not _is_called_alike(pattern, value):
             self.fail(state, f"{describe(value)} stands where the pattern has `{target_name(pattern)}`")
             return
         state = state.with_node(pattern, value)
@@ -249,6 +250,12 @@ class _Comparison:
         for following in self.compare(dtype, dtype_of(value), state):
             for matched in self.compare(source, value, following):
                 yield matched.without_cast(pattern, value)
+
+
+def _is_called_alike(pattern: fx.Node, node: fx.Node) -> bool:
+    if pattern.op == node.op == "call_method" and {pattern.target, node.target} == {"view", "reshape"}:
+        return True  # to other sizes, with or without a copy
+    return (pattern.op, pattern.target) == (node.op, node.target)
 
 
 def target_name(node: fx.Node) -> str:

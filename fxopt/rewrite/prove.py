@@ -193,7 +193,7 @@ def _prove_at(rewrite: Rewrite, sizes: Sizes) -> Proof:
                 ordinary = seen
     reason = next((kept.objection for kept in errors.values() if kept.objection), "")
     num_inputs = (draw + 1) * len(MAGNITUDES)
-    for what, inputs in sampler.special(SEED) if not reason else ():
+    for what, inputs in sampler.special(SEED, ordinary.truth) if not reason else ():
         num_inputs += 1
         if difference := _why_not_finite_alike(both.evaluate(inputs, seed=SEED + 1), ordinary):
             reason = f"with {what}, {difference}"
@@ -353,6 +353,7 @@ def _difference(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 NORMS: dict[str, Callable[[torch.Tensor], float]] = {"largest": _largest, "mean": _root_mean_square}
-# What one more rounding may add, in units of the dtype's epsilon: to an unlucky element, and on the average of many
-# random ones, which is 0.2. Numbers that are all the same are rounded alike: see `_Errors.one_rounding`.
-LEAST_ROUNDING = {"largest": 1.0, "mean": 0.25}
+# What one more rounding may add, in units of the dtype's epsilon: to an unlucky element, and on the average of random
+# ones. Of many that is 0.2; of the few hundred of a proof it was up to 0.34 in right rewrites. Numbers that are all the
+# same are rounded alike: see `_Errors.one_rounding`.
+LEAST_ROUNDING = {"largest": 1.0, "mean": 0.35}

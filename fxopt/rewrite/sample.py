@@ -80,6 +80,21 @@ def _hints(shape_env: Any) -> dict[sympy.Symbol, Any]:
 Example = Callable[[tuple[int, ...], torch.dtype, torch.Generator], torch.Tensor]
 
 
+def examples_of_labels(vocabulary: int, ignore_index: int) -> dict[str, list[Example]]:
+    """What a rule's `examples` return where it has `labels`: of some rows, then of none."""
+
+    def some_ignored(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+        labels = torch.randint(0, vocabulary, shape, generator=generator, dtype=dtype)
+        ignored = torch.rand(shape, generator=generator) < 0.3
+        ignored.view(-1)[:1] = False  # the mean over no label is NaN, which proves nothing
+        return labels.masked_fill_(ignored, ignore_index)
+
+    def all_ignored(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+        return torch.full(shape, ignore_index, dtype=dtype)
+
+    return {"labels": [some_ignored, all_ignored]}
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Draws inputs for one rewrite, by name."""
@@ -91,25 +106,28 @@ class Sampler:
         """Normally distributed numbers times `magnitude`; what the rule has examples of, as its first."""
         return self._draw(magnitude, seed, {name: examples[0] for name, examples in self._examples().items()})
 
-    def special(self, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Inputs on which the two sides shall be finite alike, each with a word on what is special about it."""
+    def special(self, seed: int, ordinary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Inputs on which the two sides shall be finite alike, each with a word on what is special about it.
+
+        `ordinary` are the results and gradients of `ordinary(1.0, seed)`, by name.
+        """
         if self.rewrite.match.rule.keeps_nan:
-            yield from self._with_planted_numbers(seed)
+            yield from self._with_planted_numbers(seed, ordinary)
         examples = self._examples()
         for name, (_, *others) in examples.items():
             for other in others:
                 chosen = {each: given[0] for each, given in examples.items()} | {name: other}
                 yield f"{other.__name__} {name}".replace("_", " "), self._draw(1.0, seed, chosen)
 
-    def _with_planted_numbers(self, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        ordinary = self.ordinary(1.0, seed)
-        vectors = {name for name, value in ordinary.items() if isinstance(value, torch.Tensor) and value.ndim == 1}
+    def _with_planted_numbers(self, seed: int, ordinary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        inputs = self.ordinary(1.0, seed)
+        vectors = {name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim == 1}
         for planted in PLANTED:
-            yield f"{planted} in the input", self._planted(planted, seed, set(ordinary) - vectors)
-        if any(ordinary[name].is_floating_point() for name in vectors):
-            yield "nan in a vector", self._planted(math.nan, seed, vectors)
+            yield f"{planted} in the input", self._planted(planted, seed, set(inputs) - vectors, ordinary)
+        if any(inputs[name].is_floating_point() for name in vectors):
+            yield "nan in a vector", self._planted(math.nan, seed, vectors, ordinary)
 
-    def _planted(self, number: float, seed: int, names: set[str]) -> dict[str, Any]:
+    def _planted(self, number: float, seed: int, names: set[str], ordinary: dict[str, Any]) -> dict[str, Any]:
         inputs = self.ordinary(1.0, seed)
         generator = torch.Generator().manual_seed(seed)
         for name, value in inputs.items():
@@ -118,14 +136,24 @@ class Sampler:
             if value.dtype == torch.bool:
                 value.fill_(True)  # nothing is hidden: what is, need not be looked at
             elif name in names and value.is_floating_point() and value.numel() > 1:
-                value.view(-1)[int(torch.randint(0, value.numel(), (), generator=generator))] = number
+                # Where something depends on it: what is ignored, such as a row without a label, need not be looked at.
+                matters = ordinary.get(f"gradient of {name}", torch.ones_like(value)) != 0.0
+                places = matters.flatten().nonzero() if matters.any() else torch.arange(value.numel())
+                place = int(torch.randint(0, len(places), (), generator=generator))
+                value.view(-1)[places[place]] = number
         return inputs
 
     def _examples(self) -> dict[str, list[Example]]:
-        values = {name: value_of(node) for name, node in self.rewrite.inputs.items()}
+        values = {name: self._blank(value_of(node)) for name, node in self.rewrite.inputs.items()}
         literals = {name: self.sizes.literal(value) for name, value in self.rewrite.match.bindings.items()}
         given = call_with(self.rewrite.match.rule.examples, {**literals, **values})
         return {name: list(each) if isinstance(each, list | tuple) else [each] for name, each in given.items()}
+
+    def _blank(self, value: Any) -> Any:
+        """A tensor without memory, in the sizes of the sample; anything else as it is."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty([self.sizes.of(size) for size in value.shape], dtype=value.dtype, device="meta")
 
     def _draw(self, magnitude: float, seed: int, examples: dict[str, Example]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)

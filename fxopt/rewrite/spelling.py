@@ -6,7 +6,8 @@ keepdim=True)`. `spell_out` brings every node of a graph into one of them, witho
 
 * a dtype conversion is `cast(x, dtype)`, a square is `torch.square(x)`, arithmetic uses `operator`'s functions;
 * a method with a function of the same name in `torch` becomes that function;
-* sizes stand in one tuple, and an index names the axes that it cuts.
+* sizes stand in one tuple, and an index names the axes that it cuts;
+* what swaps two axes is `torch.transpose`, or `torch.t` where there are no more.
 
 Arguments keep their places in the graph; `arguments_of` reads them by name, whichever way they were given.
 """
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.rewrite.graph import argument_of, cast, dtype_of, tensor_of, value_of
+from fxopt.rewrite.graph import argument_of, cast, dtype_of, shape_of, tensor_of, value_of
 
 CASTING_METHODS = {
     "float": torch.float32,
@@ -51,6 +52,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 }
 
 FUNCTIONAL: dict[Any, Callable[..., Any]] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid, F.relu: torch.relu}
+SOFTMAX: dict[Any, Callable[..., Any]] = {F.softmax: torch.softmax, F.log_softmax: torch.log_softmax}
 
 # Methods that take their sizes one by one or as a tuple.
 SIZE_METHODS = frozenset({"view", "reshape", "expand", "permute", "repeat", "tile", "flip"})
@@ -65,9 +67,14 @@ def spell_out(graph: fx.Graph) -> None:
         if node.op in ("call_function", "call_method"):
             _spell_cast(node)
             _spell_function(node)
+            _spell_softmax(node)
+            _spell_variance(node)
             _spell_sizes(node)
+            _spell_transposition(node)
+            _spell_flattening(node)
+            _spell_axis(node)
             _spell_index(node)
-            _spell_square(node)
+            spell_square(node)
             _spell_reciprocal_root(node)
 
 
@@ -129,13 +136,29 @@ def _name(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
+def _spell_softmax(node: fx.Node) -> None:
+    """`F.softmax(x, dim=1)` becomes `torch.softmax(x, 1)`."""
+    function = SOFTMAX.get(node.target)
+    dim, dtype = argument_of(node, 1, "dim", None), argument_of(node, 3, "dtype", None)
+    if function is not None and dim is not None and node.args:
+        node.target, node.args = function, (node.args[0], dim)
+        node.kwargs = {"dtype": dtype} if dtype is not None else {}
+
+
+def _spell_variance(node: fx.Node) -> None:
+    """`x.var(-1, correction=0)` becomes `x.var(-1, unbiased=False)`."""
+    if node.target in (torch.var, torch.std, torch.var_mean) and node.kwargs.get("correction") in (0, 1):
+        options = {name: value for name, value in node.kwargs.items() if name != "correction"}
+        node.kwargs = {**options, "unbiased": node.kwargs["correction"] == 1}
+
+
 def _spell_reciprocal_root(node: fx.Node) -> None:
     """`x ** -0.5` becomes `torch.rsqrt(x)`, which PyTorch runs for it."""
     if node.target is operator.pow and node.args[1:] == (-0.5,) and _is_floating(node.args[0]):
         node.target, node.args = torch.rsqrt, node.args[:1]
 
 
-def _spell_square(node: fx.Node) -> None:
+def spell_square(node: fx.Node) -> None:
     """`x ** 2`, `x.pow(2)` and `x * x` become `torch.square(x)`: in floating point all four round alike."""
     if node.target not in (operator.pow, operator.mul) or len(node.args) != 2:
         return
@@ -162,8 +185,68 @@ def _spell_sizes(node: fx.Node) -> None:
             node.args = (x, tuple(sizes))
 
 
+def _spell_transposition(node: fx.Node) -> None:
+    """`x.permute(0, 2, 1)` becomes `x.transpose(1, 2)`; of two axes, all of these and `x.T` become `x.t()`."""
+    tensor = tensor_of(node.args[0]) if node.args else None
+    if tensor is None or node.kwargs:
+        return
+    axes: list[int] = []
+    if node.target is torch.transpose:
+        axes = sorted(axis % tensor.ndim for axis in node.args[1:] if isinstance(axis, int))
+    elif node.target == "permute" and isinstance(node.args[1], tuple | list):
+        axes = [axis for axis, source in enumerate(node.args[1]) if source not in (axis, axis - tensor.ndim)]
+    elif node.target is getattr and node.args[1] in ("T", "mT"):
+        axes = [0, 1] if tensor.ndim == 2 else []
+    if len(axes) == 2 and axes[0] != axes[1]:
+        swapped = (torch.t, ()) if tensor.ndim == 2 else (torch.transpose, tuple(axes))
+        node.op, node.target, node.args = "call_function", swapped[0], (node.args[0], *swapped[1])
+
+
+def _spell_flattening(node: fx.Node) -> None:
+    """`x.flatten(0, -2)`, of an x whose last size is known, becomes `x.reshape((-1, size))`.
+
+    And `torch.stack((x, y), -1).reshape(x.shape[:-1] + (2 * n,))` becomes `torch.stack((x, y), -1).flatten(-2)`.
+    """
+    source = node.args[0] if node.args else None
+    if node.target in ("view", "reshape") and isinstance(source, fx.Node) and source.target is torch.stack:
+        sizes, flat = shape_of(source), shape_of(node)
+        pair = sizes[-2:]
+        if len(pair) == 2 and all(isinstance(size, int) for size in pair) and not node.kwargs:
+            flattened = (*sizes[:-2], pair[0] * pair[1])
+            if len(flat) == len(flattened) and all(map(_is_same_size, flat, flattened)):
+                node.op, node.target, node.args = "call_function", torch.flatten, (source, -2)
+        return
+    if node.target not in ("flatten", torch.flatten) or len(node.args) != 3 or node.kwargs:
+        return
+    tensor = tensor_of(node.args[0])
+    if tensor is None or tensor.ndim < 3 or node.args[1] not in (0, -tensor.ndim):
+        return
+    if node.args[2] in (-2, tensor.ndim - 2) and isinstance(tensor.shape[-1], int):
+        node.op, node.target, node.args = "call_method", "reshape", (node.args[0], (-1, tensor.shape[-1]))
+
+
+def _is_same_size(size: Any, other: Any) -> bool:
+    """Whether two sizes are equal whatever the dynamic ones are; it asks nothing that would be guarded."""
+    if isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt):
+        return bool(size.node.expr == other.node.expr)
+    return isinstance(size, int) and isinstance(other, int) and size == other
+
+
+def _spell_axis(node: fx.Node) -> None:
+    """`cat((x, y), 3)`, of four axes, becomes `cat((x, y), -1)`, and `x.flatten(3)`, of five, `x.flatten(-2)`."""
+    if node.target not in (torch.cat, torch.flatten) or len(node.args) > 2:
+        return
+    tensor = tensor_of(node.args[0][0] if isinstance(node.args[0], tuple | list) else node.args[0])
+    for name, axis in [*enumerate(node.args[1:], 1), *node.kwargs.items()]:
+        if tensor is not None and name in (1, "dim", "start_dim") and isinstance(axis, int) and axis > 0:
+            if isinstance(name, int):
+                node.update_arg(name, axis - tensor.ndim)
+            else:
+                node.update_kwarg(name, axis - tensor.ndim)
+
+
 def _spell_index(node: fx.Node) -> None:
-    """`x[:, :, :, 0::2]`, of four axes, becomes `x[..., ::2]`: whole axes before the last go without saying."""
+    """`x[:, :, 0::2]` becomes `x[..., ::2]`, `x[:, :-1]` `x[..., :-1, :]`: whole axes before one go without saying."""
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple) or not node.args[1]:
         return
     x, given = node.args
@@ -172,10 +255,11 @@ def _spell_index(node: fx.Node) -> None:
         slice(None, item.stop, item.step) if isinstance(item, slice) and item.start == 0 else item for item in given
     )
     tensor = tensor_of(x)
-    *before, last = index
-    covers_all_axes = tensor is not None and len(index) == tensor.ndim > 1 and isinstance(last, slice)
-    if covers_all_axes and all(isinstance(item, slice) and item == slice(None) for item in before):
-        index = (Ellipsis, last)
+    if tensor is not None and tensor.ndim > 1 and all(isinstance(item, slice) for item in index):
+        index += (slice(None),) * (tensor.ndim - len(index))
+        num_whole = next((axis for axis, item in enumerate(index) if item != slice(None)), tensor.ndim)
+        if 0 < num_whole < tensor.ndim:
+            index = (Ellipsis, *index[num_whole:])
     node.args = (x, index)
 
 

@@ -36,9 +36,6 @@ def float64_copy(model: nn.Module) -> nn.Module:
     replaced = getattr(exact.__dict__.pop("forward", None), "replaced", None)
     if replaced is not None:  # an instance's own forward, which was there before the model was optimized
         vars(exact)["forward"] = replaced
-    for module in exact.modules():
-        if "gradient_checkpointing" in vars(module):
-            vars(module)["gradient_checkpointing"] = False  # PyTorch computes again outside `float64_throughout`
     return exact
 
 
@@ -52,6 +49,17 @@ def float64_throughout() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+def float64_backward(loss: Tensor) -> None:
+    """`loss.backward()` that stays within `float64_throughout`, so that checkpoints compute again in float64, too.
+
+    The method, `torch.autograd.backward` and `torch.autograd.grad` leave the mode before they start PyTorch's engine.
+    """
+    one = torch.ones_like(loss)
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class _Widening(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +27,15 @@ def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs:
     return call
 
 
+def labels_of(call: Mapping[str, Any]) -> torch.Tensor | None:
+    return next((call[name] for name in LABELS if isinstance(call.get(name), torch.Tensor)), None)
+
+
 def why_not_covered(model: nn.Module, call: Call | None) -> str:
     """Why a call is not one that computes the model's loss and nothing else, or ''."""
     if call is None:
         return "the call's arguments have no names"
-    labels = next((call[name] for name in LABELS if isinstance(call.get(name), torch.Tensor)), None)
+    labels = labels_of(call)
     if labels is None:
         return "the call has no labels"
     if torch._C._functorch.peek_interpreter_stack() is not None:

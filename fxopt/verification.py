@@ -13,10 +13,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fxopt.capture import OptimizedForward
-from fxopt.float64 import float64_copy, float64_throughout
+from fxopt.float64 import float64_backward, float64_copy, float64_throughout
 from fxopt.model_state import ModelState
 from fxopt.precision.annotate import parameter_precisions
 from fxopt.rewrite.prove import FEW, SLACK
+from fxopt.training_call import labels_of
 
 ZERO = 1e-6  # of the largest gradient: what is smaller than this in float64 is zero, up to rounding
 
@@ -27,7 +28,8 @@ class Comparison:
 
     Errors are root mean squares over the value's numbers and over the batches, relative to the value's own. `allowed`
     is 1.1 × the original's error plus one rounding of the dtype. Where that error is a matter of luck, it is 2 ×: for
-    fewer than 100 numbers, and where the original's error is larger than the value, which then is rounding alone.
+    fewer than 100 numbers, for fewer than 100 labels in all batches, and where the original's error is larger than the
+    value, which then is rounding alone.
     """
 
     name: str
@@ -82,6 +84,7 @@ def verify(forward: OptimizedForward, batches: Sequence[Mapping[str, Any]]) -> V
     sums: dict[str, Tensor] = {}  # of squares: the original's error, the optimized's, the truth
     numbers: dict[str, int] = {}
     losses: list[tuple[float, float, float]] = []
+    num_labels = sum(labels.numel() for batch in batches if (labels := labels_of(batch)) is not None)
     for seed, batch in enumerate(batches):
         plain = _loss_and_gradients(optimized, forward.original, batch, seed)
         fallbacks = forward.report.fallbacks.total()
@@ -89,7 +92,7 @@ def verify(forward: OptimizedForward, batches: Sequence[Mapping[str, Any]]) -> V
         if forward.report.fallbacks.total() > fallbacks:
             raise ValueError(f"nothing to verify: the call fell back ({', '.join(forward.report.fallbacks)})")
         with float64_throughout():
-            truth = _loss_and_gradients(exact, exact.forward, _in_float64(batch), seed)
+            truth = _loss_and_gradients(exact, exact.forward, _in_float64(batch), seed, float64_backward)
         losses.append((float(truth["loss"]), float(plain["loss"]), float(found["loss"])))
         for name in {**truth, **plain, **found}:
             true, *sides = (side.get(name, torch.zeros(())).double() for side in (truth, plain, found))
@@ -98,10 +101,12 @@ def verify(forward: OptimizedForward, batches: Sequence[Mapping[str, Any]]) -> V
                 squares[1] = true.new_tensor(math.inf)  # a gradient that the other does not have
             sums[name] = sums.get(name, torch.zeros(())) + torch.stack(squares)
             numbers[name] = true.numel()
-    return Verification(*losses[0], tuple(_comparisons(sums, numbers, _rounding(optimized))))
+    return Verification(*losses[0], tuple(_comparisons(sums, numbers, num_labels, _rounding(optimized))))
 
 
-def _comparisons(sums: dict[str, Tensor], numbers: dict[str, int], rounding: float) -> list[Comparison]:
+def _comparisons(
+    sums: dict[str, Tensor], numbers: dict[str, int], num_labels: int, rounding: float
+) -> list[Comparison]:
     sizes = {name: float(total[2].sqrt()) / math.sqrt(numbers[name]) for name, total in sums.items()}
     largest = max((size for name, size in sizes.items() if name != "loss" and math.isfinite(size)), default=0.0)
     comparisons = []
@@ -109,7 +114,7 @@ def _comparisons(sums: dict[str, Tensor], numbers: dict[str, int], rounding: flo
         # A gradient that is zero in float64, such as that of a key's bias, is measured by the others.
         size = max(sizes[name], ZERO * largest, torch.finfo(torch.float32).tiny) * math.sqrt(numbers[name])
         original, optimized = (float(error) / size for error in total[:2].sqrt())
-        slack = SLACK if numbers[name] >= FEW and original < 1.0 else 2.0
+        slack = SLACK if min(numbers[name], num_labels) >= FEW and original < 1.0 else 2.0
         comparisons.append(Comparison(name, original, optimized, slack * original + rounding))
     return comparisons
 
@@ -134,7 +139,11 @@ def _in_float64(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loss_and_gradients(
-    model: nn.Module, forward: Callable[..., Any], batch: Mapping[str, Any], seed: int
+    model: nn.Module,
+    forward: Callable[..., Any],
+    batch: Mapping[str, Any],
+    seed: int,
+    backward: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters = list(named.values())
@@ -148,12 +157,15 @@ def _loss_and_gradients(
         gradients: tuple[Tensor | None, ...]
         try:
             loss = loss_of()
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            if backward is not None:
+                gradients = _gradients_by(backward, loss, parameters)
+            else:
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
             loss = loss_of()
-            gradients = _gradients_of_reentrant_checkpoints(loss, parameters)
+            gradients = _gradients_by(Tensor.backward, loss, parameters)  # `autograd.grad` cannot do these
         finally:
             state.give_back()
     values = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
@@ -170,15 +182,17 @@ def _loss_in(outputs: Any) -> Tensor:
     return numbers[0]
 
 
-def _gradients_of_reentrant_checkpoints(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """What `backward` leaves in `.grad`, which then holds again what it held: `autograd.grad` cannot do these."""
+def _gradients_by(
+    backward: Callable[[Tensor], None], loss: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What `backward` leaves in `.grad`, which then holds again what it held."""
     if any(parameter._post_accumulate_grad_hooks for parameter in parameters):
         raise ValueError("gradients are used inside backward here, and checkpoints are reentrant; verify without one")
     held = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
-        loss.backward()
+        backward(loss)
         return tuple(parameter.grad for parameter in parameters)
     finally:
         for parameter, gradient in zip(parameters, held, strict=True):

@@ -50,7 +50,7 @@ def copy_where_needed(graph: fx.Graph) -> None:
         if node.target not in ("view", "reshape") or node in leaving:
             continue
         reader, copied = node, node.args[0]
-        if isinstance(copied, fx.Node) and copied.target is cast and len(copied.users) == 1:
+        while isinstance(copied, fx.Node) and copied.target is cast and len(copied.users) == 1:
             reader, copied = copied, copied.args[0]
         if not isinstance(copied, fx.Node) or (copied.op, copied.target) != ("call_method", "contiguous"):
             continue

@@ -36,7 +36,7 @@ class SliceBeforeLinear(Rule):
 
     @staticmethod
     def rewrite(hidden: Any, weight: Any, bias: Any, rows: Any) -> Any:
-        return F.linear(hidden[..., rows, :], weight, bias)
+        return F.linear(hidden[..., rows, :].contiguous(), weight, bias)  # with a bias, strided rows round twice
 
 
 class SliceBeforeCastLinear(SliceBeforeLinear):
@@ -56,7 +56,7 @@ class SliceBeforeCastLinear(SliceBeforeLinear):
 
     @staticmethod
     def rewrite(hidden: Any, weight: Any, bias: Any, dtype: Any, rows: Any) -> Any:
-        return cast(F.linear(hidden[..., rows, :], weight, bias), dtype)
+        return cast(F.linear(hidden[..., rows, :].contiguous(), weight, bias), dtype)
 
 
 class CastBeforeView(Rule):

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fxopt
 from fxopt.rewrite.pipeline import Pipeline, simple_pass
-from tests.foreign_models import NanoGPT, RemoteConfig, RemoteModel, tokens
+from tests.foreign_models import LAYERS, VOCABULARY, WIDTH, NanoGPT, RemoteConfig, RemoteModel, tokens
 
 
 @pytest.mark.parametrize("policy", ["fp32", "bf16"])
@@ -222,3 +224,28 @@ def test_calls_that_dynamo_gives_up_on_are_reported():
     ((reason, count),) = fxopt.report(model).fallbacks.items()
     assert "captured this call too often" in reason and 0 < count < 12
     assert str(count) in str(fxopt.report(model))
+
+
+class Checkpointed(NanoGPT):
+    """Asks for activation checkpoints itself, as research code does, around blocks that calculate in float32."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant = reentrant
+        for block in self.blocks:
+            block.ln_1, block.ln_2 = LlamaRMSNorm(WIDTH), LlamaRMSNorm(WIDTH)
+
+    def forward(self, idx, targets):
+        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        logits = self.head(self.ln_f(x))
+        return logits, F.cross_entropy(logits.float().view(-1, VOCABULARY), targets.view(-1))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_the_models_own_are_verified(reentrant):
+    model = fxopt.optimize(Checkpointed(reentrant), "bf16")
+    outcome = fxopt.verify(model, *({"idx": tokens(seed=s), "targets": tokens(seed=s + 9)} for s in range(3)))
+    assert outcome.holds, outcome.failures
+    assert fxopt.report(model).hits["rms_norm"] == 2 * LAYERS

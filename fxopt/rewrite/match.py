@@ -181,10 +181,12 @@ class _Comparison:
     def __init__(self) -> None:
         self.nodes: tuple[fx.Node, ...] = ()  # of the graph, that matched until there
         self.reason = ""
+        self.is_whole = False  # all of the pattern matched, and something else was in the way
 
-    def fail(self, state: _State, reason: str) -> None:
-        if not self.reason or len(state.nodes) > len(self.nodes):
-            self.nodes, self.reason = tuple(state.nodes.values()), reason
+    def fail(self, state: _State, reason: str, is_whole: bool = False) -> None:
+        is_first = is_whole and not self.is_whole
+        if not self.reason or is_first or len(state.nodes) > len(self.nodes):
+            self.nodes, self.reason, self.is_whole = tuple(state.nodes.values()), reason, is_whole
 
     def compare(self, pattern: Any, value: Any, state: _State) -> Iterator[_State]:
         """Every way to go on from `state` such that `pattern` matches `value`."""
@@ -288,7 +290,7 @@ def find_matches(graph: fx.Graph, rule: type[Rule]) -> tuple[list[Match], list[N
                 matches.append(match)
                 taken.update(match.nodes)
                 break
-            comparison.fail(state, reason)
+            comparison.fail(state, reason, is_whole=True)
         else:
             share = len(comparison.nodes) / pattern.num_nodes
             if share > rule.nearly and comparison.reason:

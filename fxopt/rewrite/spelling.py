@@ -186,7 +186,7 @@ def _spell_sizes(node: fx.Node) -> None:
 
 
 def _spell_transposition(node: fx.Node) -> None:
-    """`x.permute(0, 2, 1)` becomes `x.transpose(1, 2)`; of two axes, all of these and `x.T` become `x.t()`."""
+    """`x.permute(0, 2, 1)` and `x.mT` become `x.transpose(1, 2)`; of two axes, all of these and `x.T` `x.t()`."""
     tensor = tensor_of(node.args[0]) if node.args else None
     if tensor is None or node.kwargs:
         return
@@ -195,8 +195,8 @@ def _spell_transposition(node: fx.Node) -> None:
         axes = sorted(axis % tensor.ndim for axis in node.args[1:] if isinstance(axis, int))
     elif node.target == "permute" and isinstance(node.args[1], tuple | list):
         axes = [axis for axis, source in enumerate(node.args[1]) if source not in (axis, axis - tensor.ndim)]
-    elif node.target is getattr and node.args[1] in ("T", "mT"):
-        axes = [0, 1] if tensor.ndim == 2 else []
+    elif node.target is getattr and (node.args[1] == "mT" or (node.args[1] == "T" and tensor.ndim == 2)):
+        axes = [tensor.ndim - 2, tensor.ndim - 1]
     if len(axes) == 2 and axes[0] != axes[1]:
         swapped = (torch.t, ()) if tensor.ndim == 2 else (torch.transpose, tuple(axes))
         node.op, node.target, node.args = "call_function", swapped[0], (node.args[0], *swapped[1])

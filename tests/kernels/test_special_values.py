@@ -106,3 +106,19 @@ def test_finite_where_the_reference_is(case: str, planted: float, device: str) -
             assert not differ.any(), (
                 f"{planted} in input {index}: {name} is {found[name][differ]}, must be {expected[differ]}"
             )
+
+
+def test_rows_that_pad_a_chunk_make_no_nan_of_infinite_weights(device: str) -> None:
+    """Rows without a label leave room for rows of zeros; a soft cap keeps the loss finite."""
+    hidden, weight, _ = (value.detach().to(device) for value in loss_inputs())
+    labels = torch.tensor([3, 1, 4, 1, 5, -100], device=device)
+    weight[7, 2] = math.inf
+    both = [
+        outputs_and_gradients(op, hidden.clone().requires_grad_(), weight.clone().requires_grad_(), labels, softcap=5.0)
+        for op in (linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_reference)
+    ]
+    for name, expected in both[1].items():
+        rows = slice(5) if name == "gradient of input 0" else slice(None)  # the last has 0 * infinity in the reference
+        found, wanted = (value if value.ndim == 0 else value[rows] for value in (both[0][name], expected))
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+        assert found.isfinite().any()

@@ -7,7 +7,7 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
 from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
-from tests.passes.rewriting import DTYPES, assert_proven, leaf, near_misses
+from tests.passes.rewriting import DTYPES, assert_proven, leaf, near_misses, proven
 
 MODULES = {
     "torch's own": torch.nn.LayerNorm(32),
@@ -60,3 +60,28 @@ def test_layer_norm_declines_the_unbiased_variance():
         return ((h - h.mean(-1, keepdim=True)) * torch.rsqrt(h.var(-1, keepdim=True) + 1e-5)).to(x.dtype)
 
     assert not any("layer_norm" in miss.reason for miss in near_misses(unbiased, leaf(3, 32, dtype=torch.bfloat16)))
+
+
+def centered(x):
+    return x - x.mean(-1, keepdim=True)
+
+
+def with_var_mean(x):
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, unbiased=False)
+    return (x - mean) * torch.rsqrt(variance + 1e-5)
+
+
+BY_HAND = {
+    "over torch's deviation": lambda x: centered(x) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5),
+    "over the root of the mean": lambda x: centered(x) / torch.sqrt(centered(x).pow(2).mean(-1, keepdim=True) + 1e-12),
+    "variance and mean at once": with_var_mean,
+    "without correction": lambda x: centered(x) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_layer_norm_written_by_hand(kind, dtype):
+    torch.manual_seed(0)
+    _, ops = proven(BY_HAND[kind], leaf(3, 7, 32, dtype=dtype))
+    assert ops[-1] == "layer_norm"

@@ -59,6 +59,10 @@ def loss_of(logits, labels, **options):
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels, **options)
 
 
+def nll_of(rows, labels):
+    return F.nll_loss(torch.log_softmax(rows, -1), labels)
+
+
 def with_z_loss(logits, labels):
     rows = logits.float().view(-1, logits.shape[-1])
     counts = labels != -100
@@ -75,6 +79,17 @@ LOSSES = {
     "smoothed": lambda h, w, labels: loss_of(F.linear(h, w), labels, label_smoothing=0.1),
     "shifted": lambda h, w, labels: loss_of(F.linear(h, w)[..., :-1, :].contiguous(), labels[3:]),
     "contiguous": lambda h, w, labels: loss_of(F.linear(h, w).contiguous(), labels),
+    "cast, then shifted": lambda h, w, labels: loss_of(F.linear(h, w).float()[..., :-1, :].contiguous(), labels[3:]),
+    "shifted, then cast": lambda h, w, labels: loss_of(F.linear(h, w)[:, :-1, :].contiguous().float(), labels[3:]),
+    "cast last": lambda h, w, labels: F.cross_entropy(F.linear(h, w)[:, :-1].reshape(-1, 61).float(), labels[3:]),
+    "flattened": lambda h, w, labels: F.cross_entropy(F.linear(h, w).flatten(0, 1).float(), labels),
+    "of rows": lambda h, w, labels: F.cross_entropy(F.linear(h.view(-1, 32), w).float(), labels),
+    "classes second": lambda h, w, labels: F.cross_entropy(F.linear(h, w).transpose(1, 2), labels.view(3, 7)),
+    "permuted": lambda h, w, labels: F.cross_entropy(F.linear(h, w).float().permute(0, 2, 1), labels.view(3, 7)),
+    "a product with w.t()": lambda h, w, labels: loss_of(torch.matmul(h, w.t()), labels),
+    "a product with w.T": lambda h, w, labels: loss_of(h @ w.T, labels),
+    "in two steps": lambda h, w, labels: F.nll_loss(F.log_softmax(F.linear(h, w).float(), dim=-1).view(-1, 61), labels),
+    "in two steps, of rows": lambda h, w, labels: nll_of(F.linear(h, w).view(-1, 61).float(), labels),
     "in the dtype of the logits": lambda h, w, labels: F.cross_entropy(F.linear(h, w).view(-1, 61), labels),
 }  # fmt: skip
 

@@ -103,3 +103,42 @@ def test_rms_norm_of_an_input_that_is_written_to_later_reads_the_float32_copy():
     targets = optimized_targets(function, *inputs)
     assert "cast" in targets[: targets.index("rms_norm")]
     assert_rewritten("rms_norm", function, *inputs)
+
+
+def over_root(x, w):
+    h = x.float()
+    return (h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * w
+
+
+def by_inverse(inverse):
+    def normed(x, w):
+        h = x.float()
+        return w * (h * inverse(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    return normed
+
+
+BY_HAND = {
+    "over the root": over_root,
+    "one by the root": by_inverse(lambda variance: 1.0 / torch.sqrt(variance)),
+    "the root's reciprocal": by_inverse(lambda variance: variance.sqrt().reciprocal()),
+    "a sum by its count": lambda x, w: w * (x * torch.rsqrt((x.float() ** 2).sum(-1, True) / 32 + 1e-5)).to(x.dtype),
+    "epsilon first": lambda x, w: w * (x.float() * torch.rsqrt(1e-5 + x.float().pow(2).mean(-1, True))).to(x.dtype),
+    "without a cast": lambda x, w: x * torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + 1e-5) * w,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_rms_norm_written_by_hand(kind, dtype):
+    torch.manual_seed(0)
+    graph, ops = proven(BY_HAND[kind], leaf(3, 7, 32, dtype=dtype), leaf(32, dtype=dtype))
+    assert ops[-1] == "rms_norm" and "rsqrt" not in targets(graph)
+
+
+def test_rms_norm_keeps_float64_inside():
+    def normed(x):
+        h = x.double()
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    assert optimized_targets(normed, leaf(3, 7, 32, dtype=torch.float32)) == ["cast", "rms_norm", "cast"]

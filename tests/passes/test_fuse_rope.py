@@ -99,6 +99,52 @@ def test_a_rotation_that_promotes_its_input_is_one_in_float32():
     assert targets(graph) == ["cast", "rope"] and result.dtype == torch.float32
 
 
+def in_chunks(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    both = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    return x * both[0] + torch.cat((-second, first), dim=-1) * both[1]
+
+
+def in_slices(x, cos, sin):
+    half = x.shape[3] // 2
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos + second * sin, first * (-sin) + second * cos], 3)
+
+
+def in_slices_forward(x, cos, sin):
+    first, second = x[..., :8], x[..., 8:]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
+
+
+def unbound(x, cos, sin):
+    first, second = x.float().reshape((*x.shape[:-1], -1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(3).type_as(x)
+
+
+def indexed(x, cos, sin):
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(3).type_as(x)
+
+
+def strided(x, cos, sin):
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2)
+
+
+def every_two(x, cos, sin):
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).reshape(x.shape)
+    return x * cos.repeat_interleave(2, -1) + turned * sin.repeat_interleave(2, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [in_chunks, in_slices, in_slices_forward, unbound, indexed, strided, every_two])
+def test_rope_written_by_hand(function, dtype):
+    torch.manual_seed(0)
+    _, ops = proven(function, leaf(2, 9, 4, 16, dtype=dtype), *tables(9, 1, 8, dtype=dtype))
+    assert ops == ["rope"]
+
+
 def assert_all_rotated(function, q, k, *tables: torch.Tensor) -> None:
     """Queries and keys each become one op, which is proven."""
     graph, ops = proven(function, q, k, *tables)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 — a mutant a line
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,11 @@ from fxopt.passes.fuse_linear_cross_entropy import (
     FuseDividedLinearCrossEntropy,
     FuseLinearCrossEntropy,
     FuseLinearCrossEntropyWithZLoss,
+    FuseRowsLinearCrossEntropy,
     FuseScaledLinearCrossEntropy,
     FuseSoftcappedLinearCrossEntropy,
+    FuseTransposedLinearCrossEntropy,
+    SliceBeforeCastLinear,
     SliceBeforeLinear,
 )
 from fxopt.passes.fuse_relu_squared import FuseReLUSquared
@@ -39,7 +43,16 @@ from fxopt.passes.fuse_rms_norm import (
     FuseRMSNorm,
     FuseUnweightedRMSNorm,
 )
-from fxopt.passes.fuse_rope import FuseComplexRoPE, FusePairsRoPE, FuseRoPE
+from fxopt.passes.fuse_rope import FuseComplexRoPE, FusePairsRoPE, FuseRoPE, FuseSlicedPairsRoPE
+from fxopt.passes.recognize_functions import (
+    RecognizeCrossEntropy,
+    RecognizeGELU,
+    RecognizeLinear,
+    RecognizeMean,
+    RecognizeReciprocalRoot,
+    RecognizeSiLU,
+    RecognizeTanhGELU,
+)
 from fxopt.passes.share_key_value_heads import ShareKeyValueHeads
 from fxopt.passes.skip_masked_keys import SkipMaskedKeys
 from fxopt.rewrite.match import Rule
@@ -99,6 +112,11 @@ def turned(x: Any) -> Any:
 
 def neighbours_turned(x: Any) -> Any:
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def pairs_one_by_one(x: Any, cos: Any, sin: Any) -> Any:
+    first, second = x[..., ::2], x[..., 1::2]
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
 
 
 def clamped_unit(gate: Any, up: Any) -> Any:
@@ -170,6 +188,23 @@ SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor
         loss_inputs,
     ),
     SliceBeforeLinear: (lambda h, w, b, labels: F.linear(h, w, b)[..., :-1, :] * 2, loss_inputs),
+    SliceBeforeCastLinear: (lambda h, w, b, labels: F.linear(h, w, b).float()[..., :-1, :] * 2, loss_inputs),
+    FuseRowsLinearCrossEntropy: (lambda h, w, b, labels: F.cross_entropy(F.linear(h.view(-1, WIDTH), w, b).float(), labels), loss_inputs),
+    FuseTransposedLinearCrossEntropy: (
+        lambda h, w, b, labels: F.cross_entropy(F.linear(h, w, b).float().transpose(1, 2), labels.view(*ROWS)),
+        loss_inputs,
+    ),
+    FuseSlicedPairsRoPE: (pairs_one_by_one, lambda: [leaf(2, 9, 4, 16), *(leaf(9, 1, 8).detach() for _ in range(2))]),
+    RecognizeReciprocalRoot: (lambda x: x / torch.sqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5), lambda: normed_inputs()[:1]),
+    RecognizeMean: (lambda x: x.float().sum(-1, keepdim=True) / WIDTH, lambda: normed_inputs()[:1]),
+    RecognizeSiLU: (lambda x: x * torch.sigmoid(x), lambda: gated_inputs()[:1]),
+    RecognizeGELU: (lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)), lambda: gated_inputs()[:1]),
+    RecognizeTanhGELU: (lambda x: 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))), lambda: gated_inputs()[:1]),
+    RecognizeLinear: (lambda h, w: h @ w.t(), lambda: loss_inputs()[:2]),
+    RecognizeCrossEntropy: (
+        lambda h, w, b, labels: F.nll_loss(F.log_softmax(F.linear(h, w).view(-1, VOCABULARY).float(), -1), labels),
+        loss_inputs,
+    ),
     ShareKeyValueHeads: (
         lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True),
         lambda: [leaf(2, 4, 9, 16), leaf(2, 2, 9, 16), leaf(2, 2, 9, 16)],
@@ -259,6 +294,21 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseLinearCrossEntropyWithZLoss, "no z-loss", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias)),
     (FuseLinearCrossEntropyWithZLoss, "half of it", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, z_loss=scale / 2)),
     (SliceBeforeLinear, "the other rows", lambda hidden, weight, bias: F.linear(hidden[..., 1:, :], weight, bias)),
+    (SliceBeforeCastLinear, "no cast", lambda hidden, weight, bias, rows: F.linear(hidden[..., rows, :], weight, bias)),
+    (FuseRowsLinearCrossEntropy, "labels off by one", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden, weight, labels.roll(1), bias=bias)),
+    (FuseTransposedLinearCrossEntropy, "labels across", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden, weight, labels.t().reshape(3, 7), bias=bias)),
+    (FuseSlicedPairsRoPE, "pairs to halves", lambda x, cos, sin: rope(x, cos, sin, layout="pairs_to_halves")),
+    (FuseSlicedPairsRoPE, "the other way round", lambda x, cos, sin: rope(x, cos, -sin, layout="pairs")),
+    (RecognizeReciprocalRoot, "no epsilon", lambda x, variance: x * torch.rsqrt(variance)),
+    (RecognizeReciprocalRoot, "the root", lambda x, variance, eps: x * torch.sqrt(variance + eps)),
+    (RecognizeMean, "a sum", lambda x: torch.sum(x, -1, keepdim=True)),
+    (RecognizeMean, "over the rows", lambda x: torch.mean(x, 0, keepdim=True)[..., :1].expand(3, 7, 1)),
+    (RecognizeSiLU, "gelu", lambda x: F.gelu(x)),
+    (RecognizeGELU, "by tanh", lambda x: F.gelu(x, approximate="tanh")),
+    (RecognizeTanhGELU, "exact", lambda x: F.gelu(x)),
+    (RecognizeLinear, "no gradient of the weight", lambda hidden, weight: F.linear(hidden, weight.detach())),
+    (RecognizeCrossEntropy, "a sum", lambda rows, labels: F.cross_entropy(rows, labels, reduction="sum")),
+    (RecognizeCrossEntropy, "zero where all are ignored", lambda rows, labels: F.cross_entropy(rows, labels).nan_to_num(nan=0.0)),
     (ShareKeyValueHeads, "keys for values", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key, key, is_causal=causal, enable_gqa=True)),
     (ShareKeyValueHeads, "not causal", lambda query, key, value: F.scaled_dot_product_attention(query, key, value, enable_gqa=True)),
     (ShareKeyValueHeads, "another scale", lambda query, key, value, causal: F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=0.2525, enable_gqa=True)),

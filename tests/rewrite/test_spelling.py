@@ -131,3 +131,53 @@ def test_all_methods_of_another_order_are_known():
         if schema.name.removeprefix("aten::") in names and "self" in arguments[1:]:
             differ.add(schema.name.removeprefix("aten::"))
     assert differ == OTHER_ORDER
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.t(), lambda x: x.T, lambda x: x.mT, lambda x: x.transpose(-1, 0), lambda x: x.permute(1, 0)],
+)
+def test_each_transposition_of_two_axes_is_one(function):
+    module, (node, _) = spelled(lambda x: function(x).sin(), X)
+    assert node.target is torch.t
+    assert torch.equal(module(X)[0], X.T.sin())
+
+
+@pytest.mark.parametrize("function", [lambda x: x.transpose(2, 1), lambda x: x.permute(0, 2, 1), lambda x: x.mT])
+def test_two_axes_of_more_are_swapped_in_one_way(function):
+    x = torch.randn(2, 3, 5)
+    module, (node, _) = spelled(lambda x: function(x).sin(), x)
+    assert torch.equal(module(x)[0], x.transpose(1, 2).sin())
+    assert (node.target, node.args[1:]) == (torch.transpose, (1, 2))
+
+
+def test_a_permutation_of_three_axes_stays():
+    x = torch.randn(2, 3, 5)
+    module, (node,) = spelled(lambda x: x.permute(2, 0, 1), x)
+    assert node.target == "permute"
+    assert torch.equal(module(x)[0], x.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_softmax_has_one_name(name, dtype):
+    for function in (getattr(F, name), getattr(torch, name)):
+        module, (node,) = spelled(lambda x, f=function: f(x, dim=-1, dtype=dtype), X)
+        assert node.target is getattr(torch, name)
+        assert torch.equal(module(X)[0], function(X, dim=-1, dtype=dtype))
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_a_variance_says_whether_it_is_unbiased(correction):
+    module, (node,) = spelled(lambda x: x.var(-1, correction=correction, keepdim=True), X)
+    assert node.kwargs == {"keepdim": True, "unbiased": correction == 1}
+    assert torch.equal(module(X)[0], X.var(-1, correction=correction, keepdim=True))
+
+
+def test_a_stack_is_flattened_in_one_way():
+    def flattened(x):
+        return torch.stack((x, -x), dim=-1).reshape(x.shape[0], -1)
+
+    module, nodes = spelled(flattened, X)
+    assert (nodes[-1].target, nodes[-1].args[1]) == (torch.flatten, -2)
+    assert torch.equal(module(X)[0], flattened(X))

@@ -10,7 +10,6 @@ from torch import fx
 
 from fxopt.rewrite.graph import (
     argument_of,
-    cast,
     inner_graphs,
     is_mode_switch,
     is_mutating,
@@ -33,32 +32,10 @@ def canonicalize(graph: fx.Graph) -> None:
         elif (source := _identity_of(node)) is not None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-    copy_where_needed(graph)
     read_sizes_once(graph)
     merge_equal_nodes(graph)
     for node in graph.nodes:
         spell_square(node)  # of two equal factors that were merged
-
-
-def copy_where_needed(graph: fx.Graph) -> None:
-    """Write `x.contiguous().view(…)` as `x.reshape(…)`, which makes the same copy, or none where none is needed.
-
-    And `x.contiguous().float().view(…)` as `x.float().reshape(…)`.
-    """
-    written, leaving = storages_written(graph).keys(), _leaving(graph)
-    for node in list(graph.nodes):
-        if node.target not in ("view", "reshape") or node in leaving:
-            continue
-        reader, copied = node, node.args[0]
-        while isinstance(copied, fx.Node) and copied.target is cast and len(copied.users) == 1:
-            reader, copied = copied, copied.args[0]
-        if not isinstance(copied, fx.Node) or (copied.op, copied.target) != ("call_method", "contiguous"):
-            continue
-        is_plain = len(copied.args) == 1 and not copied.kwargs and len(copied.users) == 1
-        if is_plain and not (storages_of(copied) | storages_of(copied.args[0])) & written:
-            node.target = "reshape"
-            reader.args = (copied.args[0], *reader.args[1:])
-            graph.erase_node(copied)
 
 
 def read_sizes_once(graph: fx.Graph) -> None:

@@ -59,6 +59,22 @@ class SliceBeforeCastLinear(SliceBeforeLinear):
         return cast(F.linear(hidden[..., rows, :].contiguous(), weight, bias), dtype)
 
 
+class ContiguousSliceBeforeLinear(SliceBeforeLinear):
+    """linear(hidden, weight)[..., rows, :].contiguous(), which the shorter product is by itself"""
+
+    @staticmethod
+    def pattern(hidden: Any, weight: Any, bias: Any, rows: Any) -> Any:
+        return F.linear(hidden, weight, bias)[..., rows, :].contiguous()
+
+
+class ContiguousSliceBeforeCastLinear(SliceBeforeCastLinear):
+    """linear(hidden, weight).float()[..., rows, :].contiguous()"""
+
+    @staticmethod
+    def pattern(hidden: Any, weight: Any, bias: Any, dtype: Any, rows: Any) -> Any:
+        return F.linear(hidden, weight, bias).to(dtype)[..., rows, :].contiguous()
+
+
 class CastBeforeView(Rule):
     """cross_entropy(logits.view(-1, vocabulary).float(), labels), with the cast first as in most models"""
 
@@ -301,6 +317,8 @@ class FuseLinearCrossEntropyWithZLoss(FuseScaledLinearCrossEntropy):
 FUSE_LINEAR_CROSS_ENTROPY = rules_pass(
     "fuse_linear_cross_entropy",
     CastBeforeView,
+    ContiguousSliceBeforeCastLinear,  # before the two that would leave the copy
+    ContiguousSliceBeforeLinear,
     SliceBeforeCastLinear,
     SliceBeforeLinear,
     FuseLinearCrossEntropyWithZLoss,

@@ -188,7 +188,7 @@ def _spell_sizes(node: fx.Node) -> None:
 def _spell_transposition(node: fx.Node) -> None:
     """`x.permute(0, 2, 1)` and `x.mT` become `x.transpose(1, 2)`; of two axes, all of these and `x.T` `x.t()`."""
     tensor = tensor_of(node.args[0]) if node.args else None
-    if tensor is None or node.kwargs:
+    if tensor is None or tensor.ndim < 2 or node.kwargs:
         return
     axes: list[int] = []
     if node.target is torch.transpose:
@@ -221,7 +221,7 @@ def _spell_flattening(node: fx.Node) -> None:
     tensor = tensor_of(node.args[0])
     if tensor is None or tensor.ndim < 3 or node.args[1] not in (0, -tensor.ndim):
         return
-    if node.args[2] in (-2, tensor.ndim - 2) and isinstance(tensor.shape[-1], int):
+    if node.args[2] in (-2, tensor.ndim - 2) and isinstance(tensor.shape[-1], int) and tensor.shape[-1] > 0:
         node.op, node.target, node.args = "call_method", "reshape", (node.args[0], (-1, tensor.shape[-1]))
 
 
@@ -236,13 +236,17 @@ def _spell_axis(node: fx.Node) -> None:
     """`cat((x, y), 3)`, of four axes, becomes `cat((x, y), -1)`, and `x.flatten(3)`, of five, `x.flatten(-2)`."""
     if node.target not in (torch.cat, torch.flatten) or len(node.args) > 2:
         return
-    tensor = tensor_of(node.args[0][0] if isinstance(node.args[0], tuple | list) else node.args[0])
+    parts = node.args[0] if isinstance(node.args[0], tuple | list) else node.args[:1]
+    num_axes = {tensor.ndim for part in parts if (tensor := tensor_of(part)) is not None}
+    if len(num_axes) != 1:
+        return  # not known, or different: `cat` leaves out an empty tensor of one axis
+    (ndim,) = num_axes
     for name, axis in [*enumerate(node.args[1:], 1), *node.kwargs.items()]:
-        if tensor is not None and name in (1, "dim", "start_dim") and isinstance(axis, int) and axis > 0:
+        if name in (1, "dim", "start_dim") and isinstance(axis, int) and axis > 0:
             if isinstance(name, int):
-                node.update_arg(name, axis - tensor.ndim)
+                node.update_arg(name, axis - ndim)
             else:
-                node.update_kwarg(name, axis - tensor.ndim)
+                node.update_kwarg(name, axis - ndim)
 
 
 def _spell_index(node: fx.Node) -> None:

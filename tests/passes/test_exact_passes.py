@@ -226,33 +226,6 @@ def test_a_copy_of_a_linear_layers_result_goes():
     assert "contiguous" in optimized_targets(lambda x: x.t().contiguous(), X)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [lambda x: x.t().contiguous().view(-1), lambda x: x.t().contiguous().double().view(2, 12)],
-)
-def test_a_copy_before_a_view_is_made_where_needed(function):
-    graph, result = run_optimized(EXACT, lambda x: function(x) + 1, X)
-    assert "reshape" in targets(graph) and "contiguous" not in targets(graph)
-    assert torch.equal(result, function(X) + 1)
-
-
-def test_a_copy_that_is_written_to_or_used_again_stays():
-    def written(x):
-        copy = x.contiguous().view(-1)
-        copy.add_(1)
-        return x * 2
-
-    def used_again(x):
-        copy = x.t().contiguous()
-        return copy.view(-1) + 1, copy * 2
-
-    for function in (written, used_again):
-        expected, x = function(X.clone()), X.clone()
-        graph, result = run_optimized(EXACT, function, x)
-        assert "contiguous" in targets(graph)
-        torch.testing.assert_close(result, expected, rtol=0, atol=0)
-
-
 def test_operators_named_for_keywords_are_no_writes():
     """`and_` and `or_` end like an in-place method, and write nothing: equal ones are computed once."""
 

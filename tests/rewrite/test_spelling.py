@@ -181,3 +181,14 @@ def test_a_stack_is_flattened_in_one_way():
     module, nodes = spelled(flattened, X)
     assert (nodes[-1].target, nodes[-1].args[1]) == (torch.flatten, -2)
     assert torch.equal(module(X)[0], flattened(X))
+
+
+def test_an_axis_is_counted_from_the_end_where_all_tensors_have_it():
+    x = torch.randn(2, 3, 4)
+    module, (node,) = spelled(lambda x, y: torch.cat((x, y), 2), x, x.clone())
+    assert node.args[1] == -1
+    assert torch.equal(module(x, x)[0], torch.cat((x, x), 2))
+    nothing = torch.empty(0)  # which `cat` leaves out
+    module, (node,) = spelled(lambda x, y: torch.cat((y, x), 2), x, nothing)
+    assert node.args[1] == 2
+    assert torch.equal(module(x, nothing)[0], x)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.layer_norm import layer_norm
-from fxopt.passes.fuse_rms_norm import check_dtypes
+from fxopt.passes.fuse_rms_norm import check_norm
 from fxopt.rewrite.graph import dtype_of, shape_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
@@ -49,8 +49,8 @@ class FuseFloat32LayerNorm(Rule):
         return (weight.to(wide) * (centered * torch.rsqrt(variance + eps))).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, weight: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
-        check_dtypes(x, wide, dtype)
+    def check(x: fx.Node, weight: fx.Node, eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_norm(x, eps, wide, dtype)
         require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
 
     @staticmethod
@@ -72,8 +72,8 @@ class FuseUnweightedLayerNorm(FuseFloat32LayerNorm):
         return (centered * torch.rsqrt(variance + eps)).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
-        check_dtypes(x, wide, dtype)
+    def check(x: fx.Node, eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_norm(x, eps, wide, dtype)
 
     @staticmethod
     def rewrite(x: Any, eps: Any) -> Any:

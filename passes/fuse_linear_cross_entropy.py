@@ -29,8 +29,8 @@ class SliceBeforeLinear(Rule):
         return F.linear(hidden, weight, bias)[..., rows, :]
 
     @staticmethod
-    def check(hidden: fx.Node, rows: Any) -> None:
-        require(len(shape_of(hidden)) > 1, "there is one row")
+    def check(hidden: fx.Node, weight: fx.Node, rows: Any) -> None:
+        require(len(shape_of(hidden)) > 1 and len(shape_of(weight)) == 2, "there is one row, or one class")
         ends = (rows.start, rows.stop, rows.step) if isinstance(rows, slice) else (rows,)
         require(isinstance(rows, slice) and not any(isinstance(end, fx.Node) for end in ends), "the rows vary")
 
@@ -50,9 +50,9 @@ class SliceBeforeCastLinear(SliceBeforeLinear):
         return F.linear(hidden, weight, bias).to(dtype)[..., rows, :]
 
     @staticmethod
-    def check(hidden: fx.Node, dtype: torch.dtype, rows: Any) -> None:
+    def check(hidden: fx.Node, weight: fx.Node, dtype: torch.dtype, rows: Any) -> None:
         require(dtype_of(hidden) != dtype, "")  # there is no cast
-        SliceBeforeLinear.check(hidden, rows)
+        SliceBeforeLinear.check(hidden, weight, rows)
 
     @staticmethod
     def rewrite(hidden: Any, weight: Any, bias: Any, dtype: Any, rows: Any) -> Any:
@@ -101,7 +101,7 @@ class CastBeforeView(Rule):
     def rewrite(
         logits: Any, labels: Any, dtype: Any, vocabulary: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
     ) -> Any:
-        rows = cast(logits, dtype).view((-1, vocabulary))
+        rows = cast(logits, dtype).reshape((-1, vocabulary))
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return F.cross_entropy(rows, labels, **options)
 
@@ -148,6 +148,7 @@ def check_loss(hidden: fx.Node, weight: fx.Node, labels: fx.Node, num_axes: int 
     require(not is_cast, f"autocast casts the {dtype} inputs of the output head")
     require(len(shape_of(labels)) == num_axes, "the labels are not one class for each row")
     require(not dtype_of(labels).is_floating_point, "the labels are probabilities")  # type: ignore[union-attr]
+    require(dtype_of(labels) == torch.int64, f"the labels are {dtype_of(labels)}")
 
 
 def loss_of(

@@ -26,8 +26,8 @@ class FuseRMSNorm(Rule):
         return weight * (h * torch.rsqrt(variance + eps)).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, weight: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
-        check_dtypes(x, wide, dtype)
+    def check(x: fx.Node, weight: fx.Node, eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_norm(x, eps, wide, dtype)
         require(dtype_of(weight) == dtype, f"the weight is {dtype_of(weight)}, which promotes a {dtype} result")
         require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
 
@@ -36,8 +36,9 @@ class FuseRMSNorm(Rule):
         return rms_norm(x, weight, eps)
 
 
-def check_dtypes(x: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
-    """What all norms need: a result in the dtype of x, calculated in nothing wider than the op does."""
+def check_norm(x: fx.Node, eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
+    """What all norms need: a number for epsilon, the dtype of x in the result, nothing wider inside than in the op."""
+    require(isinstance(eps, int | float), "epsilon is a tensor, not a number")
     require(dtype_of(x) == dtype, f"the result is cast to {dtype}, the input is {dtype_of(x)}")
     require(wide != torch.float64 or dtype == wide, f"the norm of {dtype} is calculated in float64")
 
@@ -67,8 +68,8 @@ class FuseFloat32WeightRMSNorm(FuseRMSNorm):
         return (weight * (h * torch.rsqrt(variance + eps))).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, weight: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
-        check_dtypes(x, wide, dtype)
+    def check(x: fx.Node, weight: fx.Node, eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_norm(x, eps, wide, dtype)
         require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
 
 
@@ -85,8 +86,8 @@ class FuseUnweightedRMSNorm(FuseRMSNorm):
         return (h * torch.rsqrt(variance + eps)).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
-        check_dtypes(x, wide, dtype)
+    def check(x: fx.Node, eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_norm(x, eps, wide, dtype)
 
     @staticmethod
     def rewrite(x: Any, eps: Any) -> Any:

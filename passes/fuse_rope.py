@@ -38,14 +38,37 @@ class FuseRoPE(Rule):
         return rope(cast(x, dtype), cos, sin)
 
 
-def check_rotation(x: fx.Node, cos: fx.Node, sin: fx.Node, dtype: torch.dtype) -> None:
-    """What all rotations need: at most four axes, a result that is not narrower, tables that cover the last axis."""
-    width = shape_of(x)[-1]
-    require(len(shape_of(x)) <= 4, f"the input has {len(shape_of(x))} axes")
+def check_rotation(x: fx.Node, cos: fx.Node, sin: fx.Node, dtype: torch.dtype, width: int | None = None) -> None:
+    """What all rotations need: at most four axes, a result that is not narrower, tables that x need not grow for.
+
+    The tables' last axis has `width` numbers, as many as x by default.
+    """
+    shape = shape_of(x)
+    require(len(shape) <= 4, f"the input has {len(shape)} axes")
     wider = torch.promote_types(value_of(x).dtype, dtype) == dtype
     require(wider, f"the result is {dtype}, the input is {dtype_of(x)}")
     for name, table in (("cos", cos), ("sin", sin)):
-        require(shape_of(table)[-1:] in ((width,), (width // 2,)), f"{name} does not cover the last axis")
+        require(
+            shape_of(table)[-1:] == (shape[-1] if width is None else width,), f"{name} does not cover the last axis"
+        )
+        fits = len(shape_of(table)) <= len(shape) and all(
+            size in (1, of_x) for size, of_x in zip(shape_of(table)[-2::-1], shape[-2::-1], strict=False)
+        )
+        require(fits, f"{name} {shape_of(table)} has more rows than the input {shape}")
+
+
+def check_half_rotation(x: fx.Node, cos: fx.Node, sin: fx.Node, dtype: torch.dtype) -> None:
+    """The same for tables of half the width, where the parts of x are rotated one by one."""
+    require(shape_of(x)[-1] % 2 == 0, f"{shape_of(x)[-1]} numbers are no pairs")
+    check_rotation(x, cos, sin, dtype, width=shape_of(x)[-1] // 2)
+
+
+def check_pairs(x: fx.Node, *sizes: Any) -> None:
+    """Decline where `sizes`, to which x is reshaped, are other than its own with pairs for the last."""
+    wanted = (*shape_of(x)[:-1], shape_of(x)[-1] // 2)
+    found = tuple(value_of(size) for size in sizes)
+    same = len(found) == len(wanted) and all(size in (-1, own) for size, own in zip(found, wanted, strict=True))
+    require(same, f"{shape_of(x)} is reshaped to {(*found, 2)}, which are not its pairs")
 
 
 class FuseNegativeRoPE(FuseRoPE):
@@ -114,6 +137,8 @@ class FuseHalvesRoPE(FusePairsRoPE):
         first, second = torch.chunk(x, 2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
 
+    check = staticmethod(check_half_rotation)
+
     @staticmethod
     def rewrite(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
         return rope(cast(x, dtype), cos, sin)
@@ -129,7 +154,8 @@ class FuseSlicedHalvesRoPE(FuseHalvesRoPE):
 
     @staticmethod
     def check(x: fx.Node, cos: fx.Node, sin: fx.Node, half: int, dtype: torch.dtype) -> None:
-        FuseRoPE.check(x, cos, sin, half, dtype)
+        check_half_rotation(x, cos, sin, dtype)
+        require(half == shape_of(x)[-1] // 2, f"the rotation splits {shape_of(x)[-1]} at {half}, not in halves")
 
 
 class FuseNegativeSlicedHalvesRoPE(FuseSlicedHalvesRoPE):
@@ -156,6 +182,8 @@ class FuseSlicedPairsRoPE(FusePairsRoPE):
         first, second = x[..., ::2], x[..., 1::2]
         return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(dtype)
 
+    check = staticmethod(check_half_rotation)
+
 
 class FuseStackedPairsRoPE(FusePairsRoPE):
     """The same with neighbours as an axis of their own
@@ -170,6 +198,13 @@ class FuseStackedPairsRoPE(FusePairsRoPE):
         both = x.to(wide).reshape((batch, heads, length, pairs, 2))
         first, second = both[..., 0], both[..., 1]
         return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(dtype)
+
+    @staticmethod
+    def check(
+        x: fx.Node, cos: fx.Node, sin: fx.Node, batch: Any, heads: Any, length: Any, pairs: Any, dtype: torch.dtype
+    ) -> None:
+        check_half_rotation(x, cos, sin, dtype)
+        check_pairs(x, batch, heads, length, pairs)
 
 
 class FuseUnboundPairsRoPE(FusePairsRoPE):
@@ -186,6 +221,13 @@ class FuseUnboundPairsRoPE(FusePairsRoPE):
         first, second = both[0], both[1]
         return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(dtype)
 
+    @staticmethod
+    def check(
+        x: fx.Node, cos: fx.Node, sin: fx.Node, batch: Any, heads: Any, length: Any, pairs: Any, dtype: torch.dtype
+    ) -> None:
+        check_half_rotation(x, cos, sin, dtype)
+        check_pairs(x, batch, heads, length, pairs)
+
 
 class FusePairsToHalvesRoPE(FusePairsRoPE):
     """Neighbours rotate with each other, and go to the two halves of the result
@@ -197,6 +239,8 @@ class FusePairsToHalvesRoPE(FusePairsRoPE):
     def pattern(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
         first, second = x[..., ::2], x[..., 1::2]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
+
+    check = staticmethod(check_half_rotation)
 
     @staticmethod
     def rewrite(x: Any, cos: Any, sin: Any, dtype: Any) -> Any:
@@ -215,8 +259,12 @@ class FuseComplexRoPE(FuseRoPE):
         return torch.view_as_real(numbers * rotation).flatten(-2).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, rotation: fx.Node, dtype: torch.dtype) -> None:
-        check_rotation(x, rotation, rotation, dtype)
+    def check(
+        x: fx.Node, rotation: fx.Node, pairs: Any, batch: Any, length: Any, heads: Any, dtype: torch.dtype
+    ) -> None:
+        require(value_of(rotation).is_complex(), "the rotation is not complex")
+        check_half_rotation(x, rotation, rotation, dtype)
+        check_pairs(x, batch, length, heads, pairs)
 
     @staticmethod
     def rewrite(x: Any, rotation: Any, dtype: Any) -> Any:

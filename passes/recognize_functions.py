@@ -101,6 +101,7 @@ class RecognizeMean(Rule):
     @staticmethod
     def check(x: fx.Node, count: Any) -> None:
         require(type(count) is int and shape_of(x)[-1:] == (count,), "")
+        require(value_of(x).is_floating_point(), "")  # a mean of integers is none to torch
 
     @staticmethod
     def rewrite(x: Any) -> Any:
@@ -116,6 +117,10 @@ class RecognizeSiLU(Rule):
     @staticmethod
     def pattern(x: Any) -> Any:
         return x * torch.sigmoid(x)
+
+    @staticmethod
+    def check(x: fx.Node) -> None:
+        require(value_of(x).is_floating_point(), "")
 
     @staticmethod
     def rewrite(x: Any) -> Any:

@@ -287,6 +287,43 @@ def fill_in_values(nodes: list[fx.Node], like: fx.Node) -> None:
             node.meta["example_value"] = call_target(node)(*args, **kwargs)
 
 
+def tell_of_layout(node: fx.Node, before: Any) -> None:
+    """Where `node`'s value lies otherwise in memory than `before` did: what follows is told, and keeps its sizes.
+
+    A `view` that cannot be one any more becomes a `reshape`.
+    """
+    fake = next((value.fake_mode for value in _fake_tensors([node], node)), None)
+    if fake is None or _layout(before) == _layout(value_of(node)):
+        return
+    told = {node}
+    follower = node.next
+    while follower.op != "root":
+        reads = follower.op in ("call_function", "call_method") and not told.isdisjoint(follower.all_input_nodes)
+        if reads and not (inner_graphs(follower) or is_mode_switch(follower) or is_mutating(follower)):
+            before = value_of(follower)
+            with fake:
+                value = _value_or_none(follower)
+                if value is None and follower.target == "view":
+                    follower.target = "reshape"
+                    value = _value_or_none(follower)
+            if value is not None and _layout(before) != _layout(value):
+                follower.meta["example_value"] = value
+                told.add(follower)
+        follower = follower.next
+
+
+def _value_or_none(node: fx.Node) -> Any:
+    try:
+        return call_target(node)(*fx.map_arg(node.args, value_of), **fx.map_arg(node.kwargs, value_of))
+    except Exception:
+        return None  # such as a view that is none
+
+
+def _layout(value: Any) -> list[str]:
+    """The strides of each tensor in a value; as text, since comparing dynamic ones would guard them."""
+    return [str(tensor.stride()) for tensor in tree_leaves(value) if isinstance(tensor, torch.Tensor)]
+
+
 def call_target(node: fx.Node) -> Callable[..., Any]:
     """The callable that a `call_function` or `call_method` node runs."""
     if node.op == "call_method":

@@ -147,7 +147,9 @@ def _spell_softmax(node: fx.Node) -> None:
 
 def _spell_variance(node: fx.Node) -> None:
     """`x.var(-1, correction=0)` becomes `x.var(-1, unbiased=False)`."""
-    if node.target in (torch.var, torch.std, torch.var_mean) and node.kwargs.get("correction") in (0, 1):
+    has_axis = argument_of(node, 1, "dim", None) is not None  # without one, there is no `unbiased` beside `keepdim`
+    is_variance = node.target in (torch.var, torch.std, torch.var_mean) and has_axis
+    if is_variance and node.kwargs.get("correction") in (0, 1):
         options = {name: value for name, value in node.kwargs.items() if name != "correction"}
         node.kwargs = {**options, "unbiased": node.kwargs["correction"] == 1}
 
@@ -234,7 +236,7 @@ def _is_same_size(size: Any, other: Any) -> bool:
 
 def _spell_axis(node: fx.Node) -> None:
     """`cat((x, y), 3)`, of four axes, becomes `cat((x, y), -1)`, and `x.flatten(3)`, of five, `x.flatten(-2)`."""
-    if node.target not in (torch.cat, torch.flatten) or len(node.args) > 2:
+    if node.target not in (torch.cat, torch.flatten) or len(node.args) not in (1, 2):
         return
     parts = node.args[0] if isinstance(node.args[0], tuple | list) else node.args[:1]
     num_axes = {tensor.ndim for part in parts if (tensor := tensor_of(part)) is not None}

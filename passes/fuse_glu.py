@@ -43,8 +43,9 @@ class FuseCastSwiGLU(FuseSwiGLU):
         return F.silu(gate.to(wide)).to(dtype) * up
 
     @staticmethod
-    def check(gate: fx.Node, up: fx.Node, dtype: torch.dtype) -> None:
+    def check(gate: fx.Node, up: fx.Node, wide: torch.dtype, dtype: torch.dtype) -> None:
         FuseSwiGLU.check(gate, up)
+        require(wide != torch.float64, "the activation is calculated in float64")
         require(dtype_of(gate) == dtype, f"the activation is cast to {dtype}, the gate is {dtype_of(gate)}")
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxopt.kernels.layer_norm import layer_norm
 from fxopt.passes.fuse_rms_norm import check_norm
-from fxopt.rewrite.graph import dtype_of, shape_of
+from fxopt.rewrite.graph import shape_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
@@ -26,9 +26,9 @@ class FuseLayerNorm(Rule):
         return F.layer_norm(x.to(wide), shape, weight, bias, eps).to(dtype)
 
     @staticmethod
-    def check(x: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def check(x: fx.Node, shape: tuple[int, ...], eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
         require(len(shape) == 1, f"the norm is over the last {len(shape)} axes")
-        require(dtype_of(x) == dtype, f"the result is {dtype}, the input is {dtype_of(x)}")
+        check_norm(x, eps, wide, dtype)
 
     @staticmethod
     def rewrite(x: Any, weight: Any, bias: Any, eps: Any) -> Any:

@@ -41,7 +41,7 @@ class RecognizeReciprocalRoot(Rule):
 
     @staticmethod
     def check(x: Any, variance: Any, eps: Any) -> None:
-        require(isinstance(x, fx.Node), "")
+        require(isinstance(x, fx.Node) and x is not variance, "")
         check_variance(variance, eps)
 
     @staticmethod
@@ -58,7 +58,7 @@ class RecognizeReciprocalRoot(Rule):
 
 def check_variance(variance: Any, eps: Any) -> None:
     require(isinstance(eps, int | float), f"{eps} is added to the variance, not a number")
-    require(shape_of(variance)[-1:] == (1,), "")  # not a norm of rows
+    require(shape_of(variance)[-1:] == (1,) and value_of(variance).is_floating_point(), "")  # not a norm of rows
 
 
 class RecognizeOneByRoot(RecognizeReciprocalRoot):
@@ -100,7 +100,7 @@ class RecognizeMean(Rule):
 
     @staticmethod
     def check(x: fx.Node, count: Any) -> None:
-        require(type(count) is int and shape_of(x)[-1:] == (count,), "")
+        require(type(count) is int and count > 0 and shape_of(x)[-1:] == (count,), "")
         require(value_of(x).is_floating_point(), "")  # a mean of integers is none to torch
 
     @staticmethod

@@ -270,6 +270,12 @@ class Restrided(nn.Module):
             a, b = q[..., :8], q[..., 8:]
             q = torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1)
             x = q.view(rows * 4, length, 16).view(rows, 4, length, 16).transpose(1, 2).reshape(rows, length, width)
+        elif self.kind == "rotated before a checkpoint":
+            q = x.view(rows, length, 4, 16).transpose(1, 2)
+            a, b = q[..., :8], q[..., 8:]
+            q = torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1)
+            x = checkpoint(lambda q: q.view(rows * 4, length, 16).sin(), q, use_reentrant=False)
+            x = x.view(rows, 4, length, 16).transpose(1, 2).reshape(rows, length, width)
         elif self.kind == "normed":
             y = x.transpose(0, 1)
             y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
@@ -281,7 +287,10 @@ class Restrided(nn.Module):
 
 
 @pytest.mark.parametrize("policy", ["fp32", "bf16"])
-@pytest.mark.parametrize(("kind", "op"), [("rotated", "rope"), ("normed", "rms_norm"), ("length first", None)])
+@pytest.mark.parametrize(
+    ("kind", "op"),
+    [("rotated", "rope"), ("rotated before a checkpoint", "rope"), ("normed", "rms_norm"), ("length first", None)],
+)
 def test_views_fit_what_takes_the_place_of_other_results(kind, op, policy):
     model = fxopt.optimize(Restrided(kind), policy)
     outcome = fxopt.verify(model, *({"input_ids": tokens(seed=s), "labels": tokens(seed=s + 9)} for s in range(3)))

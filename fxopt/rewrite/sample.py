@@ -108,28 +108,28 @@ class Sampler:
         """Normally distributed numbers times `magnitude`; what the rule has examples of, as its first."""
         return self._draw(magnitude, seed, {name: examples[0] for name, examples in self._examples().items()})
 
-    def special(self, seed: int, ordinary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def special(self, seed: int, gradients: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Inputs on which the two sides shall be finite alike, each with a word on what is special about it.
 
-        `ordinary` are the results and gradients of `ordinary(1.0, seed)`, by name.
+        `gradients` are those of `ordinary(1.0, seed)` in the original, by name: `gradient of x`.
         """
         if self.rewrite.match.rule.keeps_nan:
-            yield from self._with_planted_numbers(seed, ordinary)
+            yield from self._with_planted_numbers(seed, gradients)
         examples = self._examples()
         for name, (_, *others) in examples.items():
             for other in others:
                 chosen = {each: given[0] for each, given in examples.items()} | {name: other}
                 yield f"{other.__name__} {name}".replace("_", " "), self._draw(1.0, seed, chosen)
 
-    def _with_planted_numbers(self, seed: int, ordinary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _with_planted_numbers(self, seed: int, gradients: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         inputs = self.ordinary(1.0, seed)
         dims = {name: v.ndim for name, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
         for name in dims:
-            yield f"nan in {name}", self._planted(math.nan, seed, {name}, ordinary)
+            yield f"nan in {name}", self._planted(math.nan, seed, {name}, gradients)
         for planted in PLANTED:
-            yield f"{planted} in the inputs", self._planted(planted, seed, {n for n in dims if dims[n] != 1}, ordinary)
+            yield f"{planted} in the inputs", self._planted(planted, seed, {n for n in dims if dims[n] != 1}, gradients)
 
-    def _planted(self, number: float, seed: int, names: set[str], ordinary: dict[str, Any]) -> dict[str, Any]:
+    def _planted(self, number: float, seed: int, names: set[str], gradients: dict[str, Any]) -> dict[str, Any]:
         inputs = self.ordinary(1.0, seed)
         generator = torch.Generator().manual_seed(seed)
         for name, value in inputs.items():
@@ -139,7 +139,7 @@ class Sampler:
                 value.fill_(True)  # nothing is hidden: what is, need not be looked at
             elif name in names and value.numel() > 1:
                 # Where something depends on it: what is ignored, such as a row without a label, need not be looked at.
-                matters = ordinary.get(f"gradient of {name}", torch.ones_like(value)) != 0.0
+                matters = gradients.get(f"gradient of {name}", torch.ones_like(value)) != 0.0
                 places = matters.flatten().nonzero() if matters.any() else torch.arange(value.numel())
                 place = int(torch.randint(0, len(places), (), generator=generator))
                 value.view(-1)[places[place]] = number

@@ -290,7 +290,7 @@ def fill_in_values(nodes: list[fx.Node], like: fx.Node) -> None:
 def keep_layout(node: fx.Node, before: Any) -> fx.Node:
     """`node`, or a copy of it that lies in memory as the value `before` did, where something depends on that.
 
-    What depends: a `view` that would be none, a result that leaves the graph, a graph inside, of which nothing is known.
+    That is: a `view` that would be none, a result that leaves the graph, a graph inside, of which nothing is known.
     Other nodes that follow are told how their values lie now.
     """
     value, fake = value_of(node), next((value.fake_mode for value in _fake_tensors([node], node)), None)

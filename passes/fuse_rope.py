@@ -207,7 +207,7 @@ class FuseStackedPairsRoPE(FusePairsRoPE):
         check_pairs(x, batch, heads, length, pairs)
 
 
-class FuseUnboundPairsRoPE(FusePairsRoPE):
+class FuseUnboundPairsRoPE(FuseStackedPairsRoPE):
     """The same with `unbind`
 
     Source: llama2.c's model.apply_rotary_emb.
@@ -220,13 +220,6 @@ class FuseUnboundPairsRoPE(FusePairsRoPE):
         both = torch.unbind(x.to(wide).reshape((batch, heads, length, pairs, 2)), -1)
         first, second = both[0], both[1]
         return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(dtype)
-
-    @staticmethod
-    def check(
-        x: fx.Node, cos: fx.Node, sin: fx.Node, batch: Any, heads: Any, length: Any, pairs: Any, dtype: torch.dtype
-    ) -> None:
-        check_half_rotation(x, cos, sin, dtype)
-        check_pairs(x, batch, heads, length, pairs)
 
 
 class FusePairsToHalvesRoPE(FusePairsRoPE):

@@ -143,7 +143,7 @@ class TorchRule:
         storage, step, numel = item.storage(group), item.state["step"], item.gradient.numel()
         values = storage.read(0, numel)
         value = nn.Parameter(values.view(item.gradient.shape))
-        value.grad = item.gradient.float()
+        value.grad = item.gradient.float().contiguous()  # as the values are: the order of sums depends on it
         own: dict[str, Any] = {name: group[name] for name in self._options if group[name] is not None}
         library = self._optimizer([value], lr=float(group["lr"]), **own, **self._fixed)
         if int(step) > 1:  # torch's class makes its state at the first step

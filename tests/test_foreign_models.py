@@ -249,3 +249,51 @@ def test_checkpoints_of_the_models_own_are_verified(reentrant):
     outcome = fxopt.verify(model, *({"idx": tokens(seed=s), "targets": tokens(seed=s + 9)} for s in range(3)))
     assert outcome.holds, outcome.failures
     assert fxopt.report(model).hits["rms_norm"] == 2 * LAYERS
+
+
+class Restrided(nn.Module):
+    """Takes results for as contiguous as they are in eager code: `view` where a rewrite may lie otherwise in memory."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.tokens, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        angles = torch.randn(17, 8)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, input_ids, labels):
+        x = self.tokens(input_ids)
+        rows, length, width = x.shape
+        if self.kind == "rotated":
+            q = x.view(rows, length, 4, 16).transpose(1, 2)
+            a, b = q[..., :8], q[..., 8:]
+            q = torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1)
+            x = q.view(rows * 4, length, 16).view(rows, 4, length, 16).transpose(1, 2).reshape(rows, length, width)
+        elif self.kind == "rotated before a checkpoint":
+            q = x.view(rows, length, 4, 16).transpose(1, 2)
+            a, b = q[..., :8], q[..., 8:]
+            q = torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1)
+            x = checkpoint(lambda q: q.view(rows * 4, length, 16).sin(), q, use_reentrant=False)
+            x = x.view(rows, 4, length, 16).transpose(1, 2).reshape(rows, length, width)
+        elif self.kind == "normed":
+            y = x.transpose(0, 1)
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
+            x = y.transpose(0, 1).view(rows * length, width).view(rows, length, width)
+        logits = self.head(x)
+        if self.kind == "length first":
+            logits, labels = logits.transpose(0, 1), labels.t()
+        return F.cross_entropy(logits.reshape(-1, VOCABULARY).float(), labels.reshape(-1)), logits
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "op"),
+    [("rotated", "rope"), ("rotated before a checkpoint", "rope"), ("normed", "rms_norm"), ("length first", None)],
+)
+def test_views_fit_what_takes_the_place_of_other_results(kind, op, policy):
+    model = fxopt.optimize(Restrided(kind), policy)
+    outcome = fxopt.verify(model, *({"input_ids": tokens(seed=s), "labels": tokens(seed=s + 9)} for s in range(3)))
+    report = fxopt.report(model)
+    assert outcome.holds and not report.fallbacks
+    assert op is None or report.hits[op] == 1

@@ -287,6 +287,67 @@ def fill_in_values(nodes: list[fx.Node], like: fx.Node) -> None:
             node.meta["example_value"] = call_target(node)(*args, **kwargs)
 
 
+def keep_layout(node: fx.Node, before: Any) -> fx.Node:
+    """`node`, or a copy of it that lies in memory as the value `before` did, where something depends on that.
+
+    That is: a `view` that would be none, a result that leaves the graph, a graph inside, of which nothing is known.
+    Other nodes that follow are told how their values lie now.
+    """
+    value, fake = value_of(node), next((value.fake_mode for value in _fake_tensors([node], node)), None)
+    if fake is None or not isinstance(before, torch.Tensor) or _layout(before) == _layout(value):
+        return node
+    told: dict[fx.Node, Any] = {node: value}
+    for follower in _nodes_after(node):
+        if told.keys().isdisjoint(follower.all_input_nodes):
+            continue
+        if follower.op == "output" or inner_graphs(follower) or is_mode_switch(follower) or is_mutating(follower):
+            return _copied_to_layout(node, before)
+        try:
+            with fake:
+                new = call_target(follower)(
+                    *fx.map_arg(follower.args, lambda n: told.get(n, value_of(n))),
+                    **fx.map_arg(follower.kwargs, lambda n: told.get(n, value_of(n))),
+                )
+        except Exception:  # such as a view that is none
+            return _copied_to_layout(node, before)
+        if _layout(new) != _layout(value_of(follower)):
+            told[follower] = new
+    for follower, new in told.items():
+        follower.meta["example_value"] = new
+    return node
+
+
+def _nodes_after(node: fx.Node) -> Iterator[fx.Node]:
+    while (node := node.next).op != "root":
+        yield node
+
+
+def _copied_to_layout(node: fx.Node, like: torch.Tensor) -> fx.Node:
+    """A copy of `node` with the axes in the order in memory that those of `like` have."""
+    order = sorted(range(like.ndim), key=like.stride, reverse=True)
+    back = sorted(range(like.ndim), key=order.__getitem__)
+    graph, new, users = node.graph, [], list(node.users)
+    last = node
+    steps: list[tuple[str, tuple[Any, ...]]] = [
+        ("permute", (tuple(order),)),
+        ("contiguous", ()),
+        ("permute", (tuple(back),)),
+    ]
+    for method, arguments in steps if order != sorted(order) else steps[1:2]:
+        with graph.inserting_after(last):
+            last = graph.call_method(method, (last, *arguments))
+        new.append(last)
+    fill_in_values(new, like=node)
+    for user in users:
+        user.replace_input_with(node, last)
+    return last
+
+
+def _layout(value: Any) -> list[str]:
+    """The strides of each tensor in a value; as text, since comparing dynamic ones would guard them."""
+    return [str(tensor.stride()) for tensor in tree_leaves(value) if isinstance(tensor, torch.Tensor)]
+
+
 def call_target(node: fx.Node) -> Callable[..., Any]:
     """The callable that a `call_function` or `call_method` node runs."""
     if node.op == "call_method":

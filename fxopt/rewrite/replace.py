@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxopt.rewrite.graph import fill_in_values, nodes_to_move_up
+from fxopt.rewrite.graph import fill_in_values, keep_layout, nodes_to_move_up, value_of
 from fxopt.rewrite.match import Match
 from fxopt.rewrite.trace import as_tuple, ops_called_by, trace
 
@@ -53,6 +53,7 @@ def put_in_place(rewrite: Rewrite) -> dict[fx.Node, fx.Node]:
     replaced = dict(zip(results, as_tuple(new_results), strict=True))
     for old, successor in replaced.items():
         old.replace_all_uses_with(successor)
+        replaced[old] = keep_layout(successor, before=value_of(old))
     for node in reversed(rewrite.match.nodes):
         node.meta["fxopt_rule"] = rewrite.match.rule.__name__  # what took its place, for who remembers the node
         graph.erase_node(node)

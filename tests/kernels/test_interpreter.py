@@ -22,11 +22,15 @@ OPS = (
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's")
-def test_triton_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_triton_kernels_in_the_interpreter(op: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [str(HERE / f"test_{op}.py") for op in OPS]
     done = subprocess.run(
-        command, cwd=HERE.parents[1], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [*command, str(HERE / f"test_{op}.py")],
+        cwd=HERE.parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

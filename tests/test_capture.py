@@ -134,7 +134,7 @@ def test_evaluation_is_fused_too_and_needs_no_gradient():
 
 
 def test_the_models_own_errors_come_through():
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     batch = tiny_batch()
     batch["labels"][0, 9] = 307
     with pytest.raises(IndexError, match="307"):
@@ -202,11 +202,11 @@ def test_kinds_of_calls_do_not_use_up_the_compilers_cache():
         model.train(training)
         for num_rows in (3, 1):
             for padding in (0, 4):
-                for options in ({}, {"num_items_in_batch": 17}):
+                for options in ({}, {"num_items_in_batch": 17}) if training else ({},):
                     with torch.set_grad_enabled(training):
                         model(**tiny_batch(num_rows=num_rows, padding=padding), **options)
     report = fxopt.report(model)
-    assert len(report.graphs) == 16 and not report.fallbacks and not report.recompiles
+    assert len(report.graphs) == 12 and not report.fallbacks and not report.recompiles
     assert report.hits["rms_norm"] == 3
 
 

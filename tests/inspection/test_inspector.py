@@ -14,7 +14,7 @@ from fxopt.inspection.diff import GraphDiff
 from fxopt.inspection.meter import Cost
 from tests.tiny_models import LLAMA_HITS, SIZES, tiny_batch, tiny_llama
 
-KINDS = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3", "olmo2", "stablelm", "mixtral")
+KINDS = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,11 +26,10 @@ def test_a_configuration_gives_the_rewrites_of_a_real_run(kind):
     model(**batch)
     assert found.hits == fxopt.report(model).hits
     assert all(graph.not_measured == "" for graph in found.graphs)
+    assert_every_rewrite_leads_to_a_line_of_source(found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_rewrite_leads_to_a_line_of_source(kind):
-    found = fxopt.inspect(tiny_config(kind), "bf16", batch_size=2, sequence_length=17, prove=False)
+def assert_every_rewrite_leads_to_a_line_of_source(found):
     rewrites = [(graph, rewrite) for graph in found.graphs for rewrite in graph.rewrites]
     assert rewrites
     for graph, rewrite in rewrites:

@@ -36,9 +36,8 @@ def test_options(dtype: torch.dtype, alpha: float, limit: float, device: str) ->
     assert_op_as_accurate(op, reference, *inputs(33, 97, dtype=dtype, device=device, size=2.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(dtype: torch.dtype, device: str) -> None:
-    joint = torch.randn(6, 5, 96, device=device).to(dtype) * 4
+def test_strides(device: str) -> None:
+    joint = torch.randn(6, 5, 96, device=device).bfloat16() * 4
     for gate, up in (
         (joint[..., ::2], joint[..., 1::2]),
         joint.chunk(2, -1),

@@ -32,9 +32,8 @@ def test_as_accurate_as_eager(shape: tuple[int, ...], activation: str, dtype: to
     assert_op_as_accurate(*UNITS[activation], *inputs(*shape, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(dtype: torch.dtype, device: str) -> None:
-    joint = torch.randn(6, 5, 96, device=device).to(dtype)
+def test_strides(device: str) -> None:
+    joint = torch.randn(6, 5, 96, device=device).bfloat16()
     for gate, up in (joint.chunk(2, -1), joint[:3].transpose(0, 1).chunk(2, -1), (joint[..., ::2], joint[..., 48:])):
         for unit in UNITS.values():
             assert_op_as_accurate(*unit, gate.detach().requires_grad_(), up.detach().requires_grad_())

@@ -53,7 +53,7 @@ def test_as_accurate_as_eager(shape: tuple[int, int, int], dtype: torch.dtype, r
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("small_chunks")
 def test_many_chunks(dtype: torch.dtype, reduction: str, ignored: float, device: str) -> None:
-    hidden, weight, labels = inputs(90, 24, 97, dtype=dtype, device=device, ignored=ignored)
+    hidden, weight, labels = inputs(50, 24, 97, dtype=dtype, device=device, ignored=ignored)
     bias = torch.randn(97, device=device).to(dtype).requires_grad_()
     assert_accurate(hidden, weight, labels, bias=bias, reduction=reduction)
 
@@ -117,7 +117,7 @@ def test_options_are_as_accurate_as_model_code(dtype: torch.dtype, device: str) 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ignored_rows_contribute_nothing(reduction: str, options: dict[str, float], device: str) -> None:
     """Not even NaN; nor do the rows of zeros that stand in their place, which a bias lets have a loss."""
-    hidden, weight, labels = inputs(90, 8, 20, dtype=torch.float32, device=device, ignored=0.4)
+    hidden, weight, labels = inputs(30, 8, 20, dtype=torch.float32, device=device, ignored=0.4)
     bias = torch.randn(20, device=device).requires_grad_()
     kept = labels != -100
     whole = hidden.detach().masked_fill(~kept[:, None], math.nan).requires_grad_()
@@ -207,7 +207,7 @@ def test_extreme_logits(device: str) -> None:
         assert_accurate((hidden.detach() * 1000).requires_grad_(), weight, labels, **options)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.usefixtures("small_chunks")
 def test_gradients_in_float64(reduction: str, device: str) -> None:
     hidden, weight, labels = inputs(20, 4, 6, dtype=torch.float64, device=device, ignored=0.3)
@@ -270,7 +270,7 @@ def test_chunks_bound_the_buffer() -> None:
         assert not lengths or max(lengths) - min(lengths) <= 1
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_registration(reduction: str, device: str) -> None:
     hidden, weight, labels = inputs(6, 4, 10, dtype=torch.float32, device=device, ignored=0.3)
     bias = torch.randn(10, device=device).requires_grad_()
@@ -285,7 +285,7 @@ def test_registration(reduction: str, device: str) -> None:
 @pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["no options", "all options"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_traced_gradients_are_the_same(reduction: str, options: dict[str, float], device: str) -> None:
-    hidden, weight, labels = inputs(12, 8, 20, dtype=torch.float32, device=device, ignored=0.3)
+    hidden, weight, labels = inputs(5, 8, 20, dtype=torch.float32, device=device, ignored=0.3)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, labels, reduction=reduction, **options).sum() / 7

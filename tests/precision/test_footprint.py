@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fxopt.precision.annotate import annotate
 from fxopt.precision.footprint import footprint
+from fxopt.precision.optimizer import optimizer as make_optimizer
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("bf16", (2, 2, 4)), ("fp32", (4, 4, 8)), ("mixed", (4, 4, 8))])
@@ -24,6 +25,31 @@ def test_weights_gradients_states(policy: str, expected: tuple[int, ...], llama:
     assert held.num_parameters == n
     assert (held.weights, held.gradients, held.optimizer - steps) == tuple(n * each for each in expected)
     assert f"{held.bytes_per_parameter:.2f} B/parameter" in str(held)
+
+
+@pytest.mark.parametrize(
+    ("policy", "release_gradients", "expected"),
+    [
+        ("mixed", False, 16), ("bf16", False, 12), ("bf16", True, 10), ("bf16-islands", True, 10),
+        ("bf16-8bit", False, 6.04), ("bf16-8bit", True, 4.04), ("int8", True, 3.05),
+    ],
+)  # fmt: skip
+def test_bytes_per_parameter_in_training(policy: str, release_gradients: bool, expected: float) -> None:
+    """What README's table says, of the real tensors after a real step."""
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=1, vocab_size=2048, num_attention_heads=4
+    )
+    model = annotate(LlamaForCausalLM(config), policy)
+    optimizer = make_optimizer(model, lr=1e-3, release_gradients=release_gradients)
+    tokens = torch.arange(64)[None]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    held = footprint(model, optimizer)
+    assert held.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert held.bytes_per_parameter == pytest.approx(expected, rel=0.01), held
+    assert bool(held.gradients) is not release_gradients
 
 
 def test_int8_counts_data_and_scales_and_shared_memory_once(llama: LlamaForCausalLM) -> None:

@@ -3,6 +3,7 @@
 #   make demo TORCH=torch==2.14.1      another torch
 #   make demo PYTHON=python3.12        another interpreter
 #   make demo MODEL=org/name DATASET=org/name STEPS=50
+#   make coverage RESUME=1             go on with a run that was interrupted; coverage-matrix too
 #
 # torch: the x86-64 Linux wheel of the Python package index is the CUDA build (some GB). For the small CPU build, point
 # pip at PyTorch's own CPU index, as PyTorch's "Get started" page says, before the first `make`:
@@ -51,7 +52,7 @@ bench-curve: $(VENV)/.demo ## held-out loss over 80 steps for each precision, dr
 
 coverage: $(VENV)/.demo ## every causal LM of transformers, tiny: what is rewritten, and whether it trains exactly
 	@mkdir -p runs
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --save runs/coverage.json $(COVERAGE_OPTIONS)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --save runs/coverage.json $(if $(RESUME),--resume) $(COVERAGE_OPTIONS)
 
 coverage-matrix: ## the same, with the oldest torch and transformers that fxopt allows, and with the newest; what differs
 	@status=0; \

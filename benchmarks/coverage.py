@@ -59,10 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     names = options.types or list(NAMES)
     versions = {name: version(name) for name in ("torch", "transformers")}
+    rows = saved_rows(options.save, versions, names) if options.resume else []
+    done = {row["type"] for row in rows}
     with progress_bar(console) as progress, ThreadPoolExecutor(options.jobs) as pool:
-        task = progress.add_task("model types", total=len(names))
-        rows = []
-        for future in as_completed([pool.submit(cover_afresh, name, options.timeout) for name in names]):
+        task = progress.add_task("model types", total=len(names), completed=len(rows))
+        left = [name for name in names if name not in done]
+        for future in as_completed([pool.submit(cover_afresh, name, options.timeout) for name in left]):
             rows.append(row := future.result())
             if options.save:  # after each row: a run that is stopped has shown what it has found
                 options.save.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2))
@@ -103,6 +105,16 @@ def fails(row: Row) -> bool:
     is_fair = fair_from is not None and Version(version("transformers")) >= Version(fair_from)
     inexact = is_fair and any(run["violations"] for run in runs)
     return row["status"] == "crashed" or faults or inexact
+
+
+def saved_rows(path: Path, versions: dict[str, str], names: list[str]) -> list[Row]:
+    """The rows of an interrupted run of the same versions, without those of crashes, which are tried again."""
+    if not path.exists():
+        return []
+    run = json.loads(path.read_text())
+    if run["versions"] != versions:
+        raise SystemExit(f"{path} is of {run['versions']}, this run of {versions}: give another file, or no --resume")
+    return [row for row in run["rows"] if row["type"] in names and row["status"] != "crashed"]
 
 
 def cover_afresh(model_type: str, timeout: float) -> Row:
@@ -277,11 +289,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("types", nargs="*", help="model types; default: all of the registry")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one model")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one model")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to FILE too")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that --save's FILE holds a part of")
     parser.add_argument("--against", type=Path, metavar="FILE", help="say what differs from the run saved in FILE")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.resume and not options.save:
+        parser.error("--resume goes on with what --save FILE has written: name the file")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The coverage run on a few types that are unlike each other; `make coverage` runs it on all."""
 
+import json
+from importlib.metadata import version
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,28 @@ def test_a_type_that_cannot_be_built_costs_its_row_only(monkeypatch):
     assert "1 of 2 types trained" in coverage.summary(rows)
     assert any(line.startswith("git: outside") for line in coverage.reasons(rows))
     assert coverage.table(rows).row_count == 2
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    rows = [{"type": "git", "status": "outside", "seconds": 1.0}, {"type": "gpt2", "status": "crashed", "seconds": 1.0}]
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"versions": versions, "rows": rows}))
+    afresh = []
+    monkeypatch.setattr(
+        coverage,
+        "cover_afresh",
+        lambda name, _: afresh.append(name) or {"type": name, "status": "outside", "seconds": 0},
+    )
+    assert coverage.main(["git", "gpt2", "gptj", "--save", str(file), "--resume", "--jobs", "1"]) == 0
+    assert afresh == ["gpt2", "gptj"]
+    assert [row["type"] for row in json.loads(file.read_text())["rows"]] == ["git", "gpt2", "gptj"]
+    file.write_text(json.dumps({"versions": {"torch": "1.0"}, "rows": []}))
+    with pytest.raises(SystemExit, match="give another file"):
+        coverage.main(["git", "--save", str(file), "--resume"])
+    with pytest.raises(SystemExit):
+        coverage.main(["git", "--resume"])
+    assert "name the file" in capsys.readouterr().err
 
 
 def test_configurations_are_small():

@@ -27,6 +27,7 @@ from fxopt.deferred_logits import defer_marked_outputs, reveal_on_touch
 from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
+from fxopt.precision.boundaries import has_boundaries
 from fxopt.rematerialize import rematerializing
 from fxopt.rewrite.graph import graph_modules
 from fxopt.rewrite.pipeline import Observer, PassRecord, Pipeline
@@ -82,6 +83,7 @@ class OptimizedForward:
         self._in_pieces: set[Hashable] = set()  # kinds of call whose graphs break where sizes depend on data
         self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
         self._graphs_run = 0
+        self._has_boundaries = False
         self.calls: list[CapturedCall] = []  # one of each kind
         self.observe: Observer | None = None  # sees each graph before the passes, after each, and as it runs
         self.runner: Callable[[fx.GraphModule], Callable[..., Any]] = lambda module: module.forward
@@ -151,12 +153,15 @@ class OptimizedForward:
 
     def _run_captured(self, kind: Hashable, call: dict[str, Any], state: ModelState | None) -> Any:
         """The call through its graphs: with sizes that depend on data inside them, or where that fails without."""
+        if kind not in self._compiled:
+            self._has_boundaries = has_boundaries(self.model)
+        configuration = functools.partial(_dynamo_config, self._has_boundaries)
         if kind in self._in_pieces:
-            with _dynamo_config():
+            with configuration():
                 return self._graphs_for(kind)(self.original, call)
         num_graphs = len(self.report.graphs)
         try:
-            with _dynamo_config(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+            with configuration(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
                 return self._graphs_for(kind)(self.original, call)
         except Exception as error:
             whole, graphs = self._compiled.pop(kind, None), self.report.graphs[num_graphs:]
@@ -164,7 +169,7 @@ class OptimizedForward:
             if state is not None:
                 state.give_back()
             try:
-                with _dynamo_config():
+                with configuration():
                     outputs = self._graphs_for(kind)(self.original, call)
             except Exception:
                 if whole is not None:  # not the graphs' fault, it seems
@@ -268,9 +273,13 @@ def _without_cheap_results(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _dynamo_config(**options: bool) -> Any:
+def _dynamo_config(has_boundaries: bool, **options: bool) -> Any:
     """A context in which Dynamo captures a call in as few graphs as it can."""
     options["nested_graph_breaks"] = True
+    if has_boundaries:
+        # Their hooks write to attributes inside a checkpoint, where they lend a module its parameters and take them back.
+        # Dynamo captures that only if told that the writing need not be repeated when backward computes again.
+        options["skip_fwd_side_effects_in_bwd_under_checkpoint"] = True
     changes: dict[str, Any] = {n: v for n, v in options.items() if hasattr(torch._dynamo.config, n)}
     if _IGNORES_LOGGING and hasattr(logging.Logger, "warning_once"):
         # transformers' advice that it gives once, and that the original forward still gives. Any logging breaks a graph

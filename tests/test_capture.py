@@ -63,13 +63,16 @@ def test_all_labels_masked_is_nan_as_before():
     assert_trains_alike(model, batch)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant):
+@pytest.mark.parametrize(
+    ("policy", "use_reentrant"), [("bf16", False), ("bf16", True), ("mixed", False), ("bf16-islands", False)]
+)
+def test_gradient_checkpointing(policy, use_reentrant):
     model = tiny_llama()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    fxopt.optimize(model, "bf16")
+    fxopt.optimize(model, policy)
     assert_trains_alike(model, tiny_batch())
     hits = fxopt.report(model).hits
+    assert not fxopt.report(model).graph_breaks
     assert {op: hits[op] for op in ("rms_norm", "swiglu", "rope", "causal_attention")} == {
         op: LLAMA_HITS[op] for op in ("rms_norm", "swiglu", "rope", "causal_attention")
     }

@@ -92,6 +92,11 @@ def remove_boundaries(model: nn.Module) -> None:
             module.__dict__.pop(attribute, None)
 
 
+def has_boundaries(model: nn.Module) -> bool:
+    """Whether `place_boundaries` has hooked a module of `model`."""
+    return any("_fxopt_handles" in vars(module) for module in model.modules())
+
+
 def _compute_dtype(owned: list[tuple[nn.Parameter, Precision]]) -> torch.dtype:
     """The dtype in which a module computes: that of most of its numbers. A float32 bias follows a bfloat16 weight."""
     numbers: dict[torch.dtype, int] = {}

@@ -277,7 +277,7 @@ def _dynamo_config(has_boundaries: bool, **options: bool) -> Any:
     """A context in which Dynamo captures a call in as few graphs as it can."""
     options["nested_graph_breaks"] = True
     if has_boundaries:
-        # Their hooks write to attributes inside a checkpoint, where they lend a module its parameters and take them back.
+        # Their hooks write to attributes inside a checkpoint: they lend a module its parameters and take them back.
         # Dynamo captures that only if told that the writing need not be repeated when backward computes again.
         options["skip_fwd_side_effects_in_bwd_under_checkpoint"] = True
     changes: dict[str, Any] = {n: v for n, v in options.items() if hasattr(torch._dynamo.config, n)}

@@ -7,18 +7,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from fxopt.capture import original_forwards
 from fxopt.precision.annotate import annotate
 from fxopt.precision.policy import Policy
 
 
-def fake_model(config: PretrainedConfig, policy: str | Policy | None) -> tuple[Any, FakeTensorMode]:
-    """A causal LM under `policy`, and the mode that its tensors live in. Raises what `fxopt.annotate` raises."""
+def fake_model(source: PretrainedConfig | nn.Module, policy: str | Policy | None) -> tuple[Any, FakeTensorMode]:
+    """A configuration's causal LM, or the like of a model, under `policy`, and the mode that its tensors live in.
+
+    Raises what `fxopt.annotate` raises.
+    """
     mode = FakeTensorMode()
-    with mode:
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    if isinstance(source, nn.Module):
+        with FakeCopyMode(mode):
+            model = original_forwards(copy.deepcopy(source))
+    else:
+        with mode:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(source), dtype=torch.float32)
     return annotate(model, policy, emulate=True), mode  # what is not computed needs no hardware for it
 
 

@@ -20,7 +20,7 @@ from fxopt.inspection.configurations import configuration_of, longest_sequence, 
 from fxopt.inspection.diff import Conditions, GraphDiff
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch
 from fxopt.inspection.record import Recorder, graph_of
-from fxopt.precision.annotate import annotate, policy_of
+from fxopt.precision.annotate import policy_of
 from fxopt.precision.policy import Policy
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
@@ -66,15 +66,9 @@ def inspect_model(
     prove: bool = True,
 ) -> GraphDiff:
     """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
-    if isinstance(model, nn.Module):
-        mode = FakeTensorMode()
-        with FakeCopyMode(mode):
-            fake = copy.deepcopy(model)
-        annotate(fake, policy, emulate=True)
-        config = getattr(model, "config", None)
-    else:
-        config = configuration_of(model)
-        fake, mode = fake_model(config, policy)
+    source = model if isinstance(model, nn.Module) else configuration_of(model)
+    config = getattr(source, "config", None) if isinstance(source, nn.Module) else source
+    fake, mode = fake_model(source, policy)
     chosen = cast(Policy, policy_of(fake))
     fake.train(training)
     if checkpointing:

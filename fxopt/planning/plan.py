@@ -117,7 +117,8 @@ def plan(
     gradients kept and released. Its peak is that of every step but the first, which has no optimizer states yet.
 
     Args:
-        model: a configuration, or the name of one as in `fxopt.inspect`; of a model, its configuration is taken.
+        model: a configuration, or the name of one as in `fxopt.inspect`, whose parameters are all trained; or a model,
+            planned with its adapters and with what is frozen in it. Its own tensors are not touched.
         policies: presets' names or policies.
         batch_size: rows on each device. None: the largest that fits into `memory`, or 1 if that is not given either.
         sequence_length: tokens in each row; 2048, or the most that the model takes.
@@ -136,14 +137,15 @@ def plan(
             raise ValueError(f"{name} is {size}; it is a number from 1 on")
     if accuracy not in get_args(Accuracy):
         raise ValueError(f"unknown accuracy {accuracy!r}; known: {', '.join(get_args(Accuracy))}")
-    config = configuration_of(model.config if isinstance(model, nn.Module) else model)  # type: ignore[arg-type]
+    source = model if isinstance(model, nn.Module) else configuration_of(model)
+    config = getattr(source, "config", None) if isinstance(source, nn.Module) else source
     sequence_length = _checked_length(sequence_length, config)
-    like, _ = fake_model(config, "bf16")
+    like, _ = fake_model(source, "bf16")
     num_parameters = sum(parameter.numel() for parameter in like.parameters())
     budget = device_memory() if memory is None else memory
     resolved = [choose(like, memory=budget)[0] if policy == "auto" else resolve(policy) for policy in policies]
     limit = budget if batch_size is None and memory is not None else None
-    planner = _Planner(config, sequence_length, num_devices, batch_size or 1, limit)
+    planner = _Planner(source, sequence_length, num_devices, batch_size or 1, limit)
     rows: list[Row] = []
     jobs = [(policy, checkpointing) for policy in resolved for checkpointing in (False, True)]
     for number, (policy, checkpointing) in enumerate(jobs):
@@ -161,20 +163,16 @@ def plan(
         rows=tuple(rows),
         recommended=recommended,
         why=why,
-        notes=tuple(dict.fromkeys([*_unlike(model), *planner.notes])),
+        notes=tuple(dict.fromkeys([*_frozen(like), *planner.notes])),
     )
 
 
-def _unlike(model: object) -> list[str]:
-    """What of a model a plan from its configuration does not know."""
-    if isinstance(model, nn.Module):
-        frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-        if frozen:
-            return [f"{in_count(frozen)} parameters of this model are frozen: it is planned as if all were trained"]
-    return []
+def _frozen(model: nn.Module) -> list[str]:
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    return [f"{in_count(frozen)} parameters of this model are frozen"] if frozen else []
 
 
-def _checked_length(sequence_length: int | None, config: PretrainedConfig) -> int:
+def _checked_length(sequence_length: int | None, config: PretrainedConfig | None) -> int:
     if sequence_length is None:
         return usual_sequence(config)
     longest = longest_sequence(config)
@@ -185,9 +183,14 @@ def _checked_length(sequence_length: int | None, config: PretrainedConfig) -> in
 
 class _Planner:
     def __init__(
-        self, config: PretrainedConfig, sequence_length: int, num_devices: int, batch_size: int, limit: int | None
+        self,
+        source: PretrainedConfig | nn.Module,
+        sequence_length: int,
+        num_devices: int,
+        batch_size: int,
+        limit: int | None,
     ):
-        self.config, self.sequence_length, self.num_devices = config, sequence_length, num_devices
+        self.source, self.sequence_length, self.num_devices = source, sequence_length, num_devices
         self.batch_size, self.limit = batch_size, limit
         self.notes: list[str] = []
         self._simulations: dict[Hashable, Simulation] = {}  # policies that differ in their states alone share one
@@ -198,7 +201,7 @@ class _Planner:
         try:
             simulation = self._simulation(policy, checkpointing)
             if policy not in self._states:
-                self._states[policy] = optimizer_bytes(self.config, policy)
+                self._states[policy] = optimizer_bytes(self.source, policy)
             for release in (False, True):
                 yield self._row(simulation, policy, checkpointing, release)
             found = simulation.forward.report
@@ -211,7 +214,7 @@ class _Planner:
     def _simulation(self, policy: Policy, checkpointing: bool) -> Simulation:
         key = graph_key(policy), checkpointing
         if key not in self._simulations:
-            self._simulations[key] = Simulation(self.config, policy, checkpointing)
+            self._simulations[key] = Simulation(self.source, policy, checkpointing)
         return self._simulations[key]
 
     def _row(self, simulation: Simulation, policy: Policy, checkpointing: bool, release: bool) -> Row:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 from transformers import PretrainedConfig
 
 from fxopt.capture import OptimizedForward, Settings
@@ -50,13 +50,15 @@ class Step:
 
 
 class Simulation:
-    """A model from its configuration under a policy, on fake tensors. Its graphs are captured once, by the first step.
+    """A configuration's model, or the like of a model, under a policy, on fake tensors.
+
+    Its graphs are captured once, by the first step.
 
     Raises what `fxopt.annotate` raises, and ValueError for checkpointing that the model does not have.
     """
 
-    def __init__(self, config: PretrainedConfig, policy: str | Policy, checkpointing: bool = False):
-        self.model, self._mode = fake_model(config, policy)
+    def __init__(self, source: PretrainedConfig | nn.Module, policy: str | Policy, checkpointing: bool = False):
+        self.model, self._mode = fake_model(source, policy)
         self.policy = cast(Policy, policy_of(self.model))
         self.model.train()
         if checkpointing:
@@ -141,9 +143,9 @@ class Simulation:
         return run
 
 
-def optimizer_bytes(config: PretrainedConfig, policy: str | Policy) -> int:
+def optimizer_bytes(source: PretrainedConfig | nn.Module, policy: str | Policy) -> int:
     """What the states of `fxopt.optimizer` take under `policy`."""
-    model, mode = fake_model(config, policy)
+    model, mode = fake_model(source, policy)
     with mode:
         states = optimizer(model)
         states.add_states()

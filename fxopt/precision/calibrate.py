@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.capture import original_forwards
 from fxopt.precision.annotate import annotate, parameter_precisions
 from fxopt.precision.calibration import BudgetError, Calibration, Island, RoleLosses
 from fxopt.precision.islands import (
@@ -153,7 +154,7 @@ class _Probe:
         """What each parameter loses under `policy`; those that got no gradient; and the monitor's rows by parameter."""
         for generator in _generators(self._model):
             generator.manual_seed(self._seed)
-        trained = annotate(_original_forwards(copy.deepcopy(self._model)), policy, emulate=self._emulate).train()
+        trained = annotate(original_forwards(copy.deepcopy(self._model)), policy, emulate=self._emulate).train()
         names = {parameter: name for name, parameter in trained.named_parameters()}
         opt = optimizer(trained, lr=self._lr, **{"seed": self._seed, **self._options})
         seen = Monitor(opt, samples=self._samples, labels=names)
@@ -317,16 +318,6 @@ def _rounded_up(value: float) -> float:
     """To three digits, so that what a message asks for is enough."""
     step = 10.0 ** (math.floor(math.log10(value)) - 2) if value > 0 else 1.0
     return float(f"{math.ceil(value / step) * step:.3g}")
-
-
-def _original_forwards(model: nn.Module) -> nn.Module:
-    """`model`, a copy, as `fxopt.optimize` found it: a policy is about the eager model, which no compiler delays."""
-    for module in model.modules():
-        while (forward := module.__dict__.get("forward")) is not None and hasattr(forward, "replaced"):
-            del module.__dict__["forward"]
-            if forward.replaced is not None:
-                module.__dict__["forward"] = forward.replaced
-    return model
 
 
 def _first(batches: Iterable[Batch], steps: int) -> list[Batch]:

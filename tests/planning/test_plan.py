@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from benchmarks.plan_accuracy import allocated_at_most
+from fxopt.capture import OptimizedForward
 from fxopt.planning.plan import PARTS, Plan, Row, largest_batch, recommend
 from fxopt.planning.simulate import Simulation
 
@@ -26,12 +28,16 @@ def config(**changes):
 def measured(policy, checkpointing, release_gradients, shape, of):
     """The peak of a real step: what is held between steps, and what the allocator hands out in one."""
     torch.manual_seed(0)
-    model = fxopt.optimize(LlamaForCausalLM(of), policy, prove=False)
+    return measured_of(LlamaForCausalLM(of), policy, checkpointing, release_gradients, shape)
+
+
+def measured_of(model, policy, checkpointing, release_gradients, shape):
+    model = fxopt.optimize(model, policy, prove=False)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = fxopt.optimizer(model, lr=1e-4, release_gradients=release_gradients)
-    ids = torch.randint(0, of.vocab_size, shape)
+    ids = torch.randint(0, model.config.vocab_size, shape)
 
     def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -59,6 +65,18 @@ def test_the_peak_is_that_of_a_real_step(policy, tied, shape, indices):
         # In which order parameters are updated is not known: the noise is drawn for the first, the largest has copies.
         more = 5_000_000 if row.release_gradients else 0
         assert 0.95 * real <= row.peak <= 1.05 * real + more, row
+
+
+def test_adapters_are_planned_as_they_are():
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=8)
+    model = get_peft_model(LlamaForCausalLM(config(num_hidden_layers=1)), lora)
+    before = {name: (value.clone(), value.dtype) for name, value in model.state_dict().items()}
+    row = fxopt.plan(model, ["bf16"], batch_size=4, sequence_length=64).rows[0]
+    assert all(torch.equal(v, before[n][0]) and v.dtype == before[n][1] for n, v in model.state_dict().items())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert row.optimizer == pytest.approx(8 * trained, rel=0.01)
+    real = measured_of(model, "bf16", False, False, (4, 64))
+    assert 0.95 * real <= row.peak <= 1.05 * real, row
 
 
 def test_checkpointing_takes_less_of_long_rows_and_released_gradients_of_short_ones():
@@ -193,10 +211,11 @@ def test_another_architecture_and_a_model_itself():
     rows = fxopt.plan(of, ["bf16"], batch_size=2).rows
     assert len(rows) == 4 and rows[0].weights > 2 * 500 * 32
     model = LlamaForCausalLM(config(num_hidden_layers=1))
+    fxopt.optimize(model, "fp32")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.lm_head.requires_grad_(False)
     found = fxopt.plan(model, ["bf16", "auto"], batch_size=1, sequence_length=16, memory=10**6)
-    assert "768 k parameters of this model are frozen" in found.notes[0]
+    assert found.notes[0] == "768 k parameters of this model are frozen"
     assert found.rows[4].policy == "int8"  # of so little memory
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert "forward" not in vars(model)
+    assert isinstance(model.forward, OptimizedForward) and not model.forward.report.graphs

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -18,16 +19,35 @@ from fxopt.precision.policy import Policy
 def fake_model(source: PretrainedConfig | nn.Module, policy: str | Policy | None) -> tuple[Any, FakeTensorMode]:
     """A configuration's causal LM, or the like of a model, under `policy`, and the mode that its tensors live in.
 
-    Raises what `fxopt.annotate` raises.
+    A model on the meta device will do. Raises what `fxopt.annotate` raises.
     """
     mode = FakeTensorMode()
     if isinstance(source, nn.Module):
         with FakeCopyMode(mode):
-            model = original_forwards(copy.deepcopy(source))
+            model: Any = original_forwards(copy.deepcopy(source))
+        with mode:
+            _leave_the_meta_device(model)
     else:
         with mode:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(source), dtype=torch.float32)
-    return annotate(model, policy, emulate=True), mode  # what is not computed needs no hardware for it
+    with warnings.catch_warnings():
+        # Of an optimizer that holds the weights: there is none.
+        warnings.filterwarnings("ignore", message="weights of a model that was compiled became other objects")
+        return annotate(model, policy, emulate=True), mode  # what is not computed needs no hardware for it
+
+
+def _leave_the_meta_device(model: nn.Module) -> None:
+    moved: dict[Tensor, Tensor] = {}  # tied weights stay tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if tensor not in moved:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                tensors[name] = moved[tensor]  # type: ignore[assignment]
 
 
 def checkpoint_activations(model: nn.Module) -> None:

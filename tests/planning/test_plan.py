@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,19 @@ def test_adapters_are_planned_as_they_are():
     assert row.optimizer == pytest.approx(8 * trained, rel=0.01)
     real = measured_of(model, "bf16", False, False, (4, 64))
     assert 0.95 * real <= row.peak <= 1.05 * real, row
+
+
+def test_a_model_without_numbers_and_one_of_int8():
+    shallow = config(num_hidden_layers=1, tie_word_embeddings=True)
+    expected = fxopt.plan(shallow, ["bf16"], batch_size=1, sequence_length=16).rows
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(shallow)
+    assert fxopt.plan(empty, ["bf16"], batch_size=1, sequence_length=16).rows == expected
+    assert empty.lm_head.weight.is_meta
+    quantized = fxopt.annotate(LlamaForCausalLM(shallow), "int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert fxopt.plan(quantized, ["bf16"], batch_size=1, sequence_length=16).rows == expected
 
 
 def test_checkpointing_takes_less_of_long_rows_and_released_gradients_of_short_ones():

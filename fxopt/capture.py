@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
@@ -40,7 +40,6 @@ from fxopt.training_call import as_captured, kind_of, mark_dynamic, named_argume
 logger = logging.getLogger("fxopt")
 
 Backend = Literal["auto", "eager", "inductor"]
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -228,16 +227,6 @@ class OptimizedForward:
 
     def __reduce__(self) -> Any:
         return OptimizedForward, (self.model, self.settings, self.replaced)
-
-
-def original_forwards(model: ModelT) -> ModelT:
-    """`model` with the forward that `fxopt.optimize` found, and so every module in it, in place."""
-    for module in model.modules():
-        while isinstance(forward := module.__dict__.get("forward"), OptimizedForward):
-            del module.__dict__["forward"]
-            if forward.replaced is not None:
-                module.__dict__["forward"] = forward.replaced
-    return model
 
 
 def _captured_call(forward: Callable[..., Any], call: dict[str, Any]) -> Any:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from fxopt.capture import original_forwards
 from fxopt.precision.annotate import annotate
+from fxopt.precision.instance_methods import original_forwards
 from fxopt.precision.policy import Policy
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt.capture import original_forwards
 from fxopt.precision.annotate import annotate, parameter_precisions
 from fxopt.precision.calibration import BudgetError, Calibration, Island, RoleLosses
+from fxopt.precision.instance_methods import original_forwards
 from fxopt.precision.islands import (
     Candidate,
     Losses,

@@ -1,4 +1,4 @@
-"""Two methods of transformers' models that an annotated model has its own of: saving, and resizing the vocabulary.
+"""Methods that one model has its own of: saving and resizing where it is annotated, `forward` where it is optimized.
 
 They are attributes of the model's instance, which copy and pickle with it; no class is patched.
 """
@@ -101,3 +101,16 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
                 widened[memory] = dequantized(value, value.dtype)
             plain[name] = widened[memory]
     return plain
+
+
+def original_forwards(model: nn.Module) -> nn.Module:
+    """`model`, and every module in it, with the forward that `fxopt.optimize` found, in place: for copies.
+
+    A policy is about the eager model, which no compiler delays.
+    """
+    for module in model.modules():
+        while (forward := module.__dict__.get("forward")) is not None and hasattr(forward, "replaced"):
+            del module.__dict__["forward"]
+            if forward.replaced is not None:
+                module.__dict__["forward"] = forward.replaced
+    return model

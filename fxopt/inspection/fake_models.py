@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from fxopt.inspection.configurations import configuration_of
 from fxopt.precision.annotate import annotate
 from fxopt.precision.instance_methods import original_forwards
 from fxopt.precision.policy import Policy
+
+
+def source_of(
+    model: nn.Module | PretrainedConfig | str | Path,
+) -> tuple[PretrainedConfig | nn.Module, PretrainedConfig | None]:
+    """What `fake_model` makes the like of, and its configuration, which a model from elsewhere may lack."""
+    if isinstance(model, nn.Module):
+        return model, getattr(model, "config", None)
+    config = configuration_of(model)
+    return config, config
 
 
 def fake_model(source: PretrainedConfig | nn.Module, policy: str | Policy | None) -> tuple[Any, FakeTensorMode]:

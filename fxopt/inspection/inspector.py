@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import PretrainedConfig
 
 from fxopt.capture import CapturedCall, OptimizedForward, Settings
-from fxopt.inspection.configurations import configuration_of, longest_sequence, usual_sequence
+from fxopt.inspection.configurations import longest_sequence, usual_sequence
 from fxopt.inspection.diff import Conditions, GraphDiff
-from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch
+from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch, source_of
 from fxopt.inspection.record import Recorder, graph_of
 from fxopt.precision.annotate import policy_of
 from fxopt.precision.policy import Policy
@@ -66,8 +66,7 @@ def inspect_model(
     prove: bool = True,
 ) -> GraphDiff:
     """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
-    source = model if isinstance(model, nn.Module) else configuration_of(model)
-    config = getattr(source, "config", None) if isinstance(source, nn.Module) else source
+    source, config = source_of(model)
     fake, mode = fake_model(source, policy)
     chosen = cast(Policy, policy_of(fake))
     fake.train(training)

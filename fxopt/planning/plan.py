@@ -12,8 +12,8 @@ from rich.console import RenderableType
 from torch import nn
 from transformers import PretrainedConfig
 
-from fxopt.inspection.configurations import configuration_of, longest_sequence, usual_sequence
-from fxopt.inspection.fake_models import fake_model
+from fxopt.inspection.configurations import longest_sequence, usual_sequence
+from fxopt.inspection.fake_models import fake_model, source_of
 from fxopt.inspection.numbers import in_bytes, in_count
 from fxopt.kernels.adamw import workspace_bytes
 from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
@@ -137,8 +137,7 @@ def plan(
             raise ValueError(f"{name} is {size}; it is a number from 1 on")
     if accuracy not in get_args(Accuracy):
         raise ValueError(f"unknown accuracy {accuracy!r}; known: {', '.join(get_args(Accuracy))}")
-    source = model if isinstance(model, nn.Module) else configuration_of(model)
-    config = getattr(source, "config", None) if isinstance(source, nn.Module) else source
+    source, config = source_of(model)
     sequence_length = _checked_length(sequence_length, config)
     like, _ = fake_model(source, "bf16")
     num_parameters = sum(parameter.numel() for parameter in like.parameters())

@@ -35,7 +35,7 @@ def test_weights_gradients_states(policy: str, expected: tuple[int, ...], llama:
     ],
 )  # fmt: skip
 def test_bytes_per_parameter_in_training(policy: str, release_gradients: bool, expected: float) -> None:
-    """What README's table says, of the real tensors after a real step."""
+    """Weights, gradients and states together, of the real tensors after real steps."""
     config = LlamaConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=1, vocab_size=2048, num_attention_heads=4
     )

@@ -59,19 +59,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     names = options.types or list(NAMES)
     versions = {name: version(name) for name in ("torch", "transformers")}
-    rows = saved_rows(options.save, versions, names) if options.resume else []
+    setting = {"versions": versions, "device": options.device}
+    rows = saved_rows(options.save, setting, names) if options.resume else []
     done = {row["type"] for row in rows}
     with progress_bar(console) as progress, ThreadPoolExecutor(options.jobs) as pool:
         task = progress.add_task("model types", total=len(names), completed=len(rows))
         left = [name for name in names if name not in done]
-        for future in as_completed([pool.submit(cover_afresh, name, options.timeout) for name in left]):
+        for future in as_completed([pool.submit(cover_afresh, name, options.timeout, options.device) for name in left]):
             rows.append(row := future.result())
             if options.save:  # after each row: a run that is stopped has shown what it has found
-                options.save.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2))
+                options.save.write_text(json.dumps({**setting, "rows": rows}, indent=2))
             progress.console.print(f"{row['type']}: {row['status']} in {row['seconds']:.0f} s", highlight=False)
             progress.advance(task)
     rows.sort(key=lambda row: names.index(row["type"]))
-    run = {"versions": versions, "rows": rows}
+    run = {**setting, "rows": rows}
     if options.save:
         options.save.write_text(json.dumps(run, indent=2))
     if options.json:
@@ -107,23 +108,25 @@ def fails(row: Row) -> bool:
     return row["status"] == "crashed" or faults or inexact
 
 
-def saved_rows(path: Path, versions: dict[str, str], names: list[str]) -> list[Row]:
-    """The rows of an interrupted run of the same versions, without those of crashes, which are tried again."""
+def saved_rows(path: Path, setting: dict[str, Any], names: list[str]) -> list[Row]:
+    """The rows of an interrupted run of the same versions and device, but those of crashes, which are tried again."""
     if not path.exists():
         return []
     run = json.loads(path.read_text())
-    if run["versions"] != versions:
-        raise SystemExit(f"{path} is of {run['versions']}, this run of {versions}: give another file, or no --resume")
+    was = {key: run.get(key) for key in setting}
+    if was != setting:
+        raise SystemExit(f"{path} is of {was}, this run of {setting}: give another file, or no --resume")
     return [row for row in run["rows"] if row["type"] in names and row["status"] != "crashed"]
 
 
-def cover_afresh(model_type: str, timeout: float) -> Row:
+def cover_afresh(model_type: str, timeout: float, device: str) -> Row:
     """`cover` in a process of its own."""
-    # A server that has imported everything once forks the processes.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "fxopt.api", "benchmarks.tiny_causal_lms"])
+    # A server that has imported everything once forks the processes; not where they use a GPU, which it has opened.
+    context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(["torch", "transformers", "fxopt.api", "benchmarks.tiny_causal_lms"])
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(model_type, send, timeout))
+    process = context.Process(target=_worker, args=(model_type, send, timeout, device))
     began = time.perf_counter()
     process.start()
     send.close()
@@ -138,14 +141,14 @@ def cover_afresh(model_type: str, timeout: float) -> Row:
     return row | {"seconds": time.perf_counter() - began}
 
 
-def _worker(model_type: str, send: Any, timeout: float) -> None:
+def _worker(model_type: str, send: Any, timeout: float, device: str) -> None:
     signal.alarm(int(timeout))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import torch
 
     torch.set_num_threads(1)
     try:
-        row = cover(model_type)
+        row = cover(model_type, device)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {str(error)[:300]} ({Path(frame.filename).name}:{frame.lineno})"
@@ -153,18 +156,22 @@ def _worker(model_type: str, send: Any, timeout: float) -> None:
     send.send(row)
 
 
-def cover(model_type: str) -> Row:
+def cover(model_type: str, device: str = "cpu") -> Row:
     """Trains one tiny model plain, optimized and in float64; raises what fxopt or the comparison raises."""
     import fxopt
     from benchmarks.census import count_sites
     from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
 
+    def made() -> Any:
+        return tiny_causal_lm(model_type).to(device)
+
+    def batch(seed: int) -> dict[str, Any]:
+        tensors = batch_for(model, seed=seed, **BATCHES[seed % NUM_BATCHES])
+        return {name: tensor.to(device) for name, tensor in tensors.items()} | {"use_cache": False}
+
     try:
-        model = tiny_causal_lm(model_type)
-        batches = [
-            {**batch_for(model, seed=seed, **BATCHES[seed % NUM_BATCHES]), "use_cache": False}
-            for seed in range(2 * NUM_BATCHES)
-        ]
+        model = made()
+        batches = [batch(seed) for seed in range(2 * NUM_BATCHES)]
         model(**batches[0]).loss.backward()
     except Exception as error:
         return {"type": model_type, "status": "outside", "reason": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -172,11 +179,11 @@ def cover(model_type: str) -> Row:
     row["sites"] = dict(count_sites(model, lambda: model(**batches[0])))
     for policy in POLICIES:
         try:
-            fxopt.restore(fxopt.optimize(tiny_causal_lm(model_type), policy))(**batches[0]).loss.backward()
+            fxopt.restore(fxopt.optimize(made(), policy))(**batches[0]).loss.backward()
         except Exception as error:
             row["reason"] = f"outside in {policy}: {type(error).__name__}: {str(error)[:200]}"
             continue
-        row[policy] = cover_policy(tiny_causal_lm(model_type), policy, batches)
+        row[policy] = cover_policy(made(), policy, batches)
     return row | {"status": "trained"}
 
 
@@ -289,6 +296,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("types", nargs="*", help="model types; default: all of the registry")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--device", default="cpu", help="what to train on (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one model")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to FILE too")

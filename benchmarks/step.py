@@ -29,6 +29,7 @@ from examples.variants import names_among, run_afresh
 VARIANTS = {
     "plain": "eager bf16",
     "fxopt": "fxopt bf16",
+    "fxopt-inductor": "fxopt, Inductor",
     "compile": "compile",
     "mixed": "mixed",
 }
@@ -42,9 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     console = Console(stderr=options.json)
     variants = options.variants
-    if "compile" in variants and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    compiled = {"compile", "fxopt-inductor"}.intersection(variants)
+    if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         console.print("torch.compile is left out: it needs a C++ compiler, and there is none")
-        variants.remove("compile")
+        variants = [variant for variant in variants if variant not in compiled]
 
     rounds: dict[str, list[Figures]] = {variant: [] for variant in variants}
     with progress_bar(console) as progress, tempfile.TemporaryDirectory() as folder:
@@ -82,11 +84,11 @@ def measure(options: argparse.Namespace) -> Figures:
     device = torch.device("cuda" if on_gpu else "cpu")
     idle_bytes = 0 if on_gpu else resident_bytes()
 
-    model: Any = _model(folder, torch.float32 if variant == "mixed" else torch.bfloat16).to(device).train()
+    model: Any = _model(folder, torch.float32 if variant == "mixed" else torch.bfloat16, device).train()
     autocast = torch.autocast(device.type, torch.bfloat16) if variant == "mixed" else contextlib.nullcontext()
     began = time.perf_counter()
-    if variant == "fxopt":
-        model = fxopt.optimize(model, "bf16")
+    if variant.startswith("fxopt"):
+        model = fxopt.optimize(model, "bf16", backend="inductor" if variant == "fxopt-inductor" else "auto")
         optimizer: torch.optim.Optimizer = fxopt.optimizer(model, lr=1e-5, weight_decay=0.0)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
@@ -148,10 +150,10 @@ def table(figures: dict[str, Figures], workload: str) -> Table:
     for variant in figures:
         shown.add_column(VARIANTS[variant], justify="right")
     rows = (
-        ("seconds per step", "step_seconds", "{:.2f}", 1.0),
-        ("  forward", "forward_seconds", "{:.2f}", 1.0),
-        ("  backward", "backward_seconds", "{:.2f}", 1.0),
-        ("  clip, optimizer", "optimizer_seconds", "{:.2f}", 1.0),
+        ("seconds per step", "step_seconds", "{:.3f}", 1.0),
+        ("  forward", "forward_seconds", "{:.3f}", 1.0),
+        ("  backward", "backward_seconds", "{:.3f}", 1.0),
+        ("  clip, optimizer", "optimizer_seconds", "{:.3f}", 1.0),
         ("peak above idle, MB", "peak_memory_bytes", "{:.0f}", 1e-6),
         ("first step done after, s", "first_step_seconds", "{:.1f}", 1.0),
         ("loss at the last step", "loss", "{:.3f}", 1.0),
@@ -180,11 +182,11 @@ def _weights(model: str | None) -> str | None:
         return None
 
 
-def _model(folder: str | None, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def _model(folder: str | None, dtype: Any, device: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    if folder is not None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if folder is not None and not folder.endswith(".json"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -196,7 +198,8 @@ def _model(folder: str | None, dtype: Any) -> Any:
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with device:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder) if folder else config, dtype=dtype)
 
 
 def _batches(options: argparse.Namespace, folder: str | None) -> tuple[list[dict[str, Any]], str]:
@@ -236,11 +239,13 @@ def _batches(options: argparse.Namespace, folder: str | None) -> tuple[list[dict
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="name on the Hub or local path; default: SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--model", help="name on the Hub, local path, or config.json for random weights; default: SmolLM2-135M-Instruct"
+    )
     parser.add_argument(
         "--variants",
         type=names_among(VARIANTS),
-        default=",".join(VARIANTS),
+        default="plain,fxopt,compile,mixed",
         help=f"comma-separated, of {', '.join(VARIANTS)}",
     )
     parser.add_argument("--batch-size", type=int, default=8)
@@ -255,6 +260,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if (options.model or "").endswith(".json") and options.sequence_length is None:
+        parser.error("a config.json has no tokenizer for the demo's batches: give --sequence-length")
     if options.steps <= options.warmup:
         parser.error("--steps must be greater than --warmup")
     return options

@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +80,23 @@ def main(arguments: list[str] | None = None) -> int:
     from examples.smollm2 import smollm2_folder
 
     model = options.model or str(smollm2_folder())
+    chosen: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Settings)}
+
+    def run(variant: str, seed: int) -> Record:
+        settings = Settings(**chosen | {"variant": variant, "seed": seed, "model": model})
+        file = output / f"{variant}-{seed}.json"
+        if not _is_complete(file, settings):
+            file.write_text(json.dumps({"settings": dataclasses.asdict(settings), "held_out_loss": {}}))
+            run_afresh(f"{variant}, seed {seed}", __file__, "--worker", str(file))
+        record: Record = json.loads(file.read_text())
+        return record
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # Seed by seed, so that an interrupted benchmark has whole rounds; a run that fails does not stop the others.
+        started = [(variant, pool.submit(run, variant, seed)) for seed in options.seeds for variant in options.variants]
     runs: dict[str, list[Record]] = {variant: [] for variant in options.variants}
-    for seed in options.seeds:  # seed by seed, so that an interrupted benchmark has whole rounds
-        for variant in options.variants:
-            chosen: dict[str, Any] = {
-                field.name: getattr(options, field.name, None) for field in dataclasses.fields(Settings)
-            }
-            settings = Settings(**chosen | {"variant": variant, "seed": seed, "model": model})
-            file = output / f"{variant}-{seed}.json"
-            if not _is_complete(file, settings):
-                file.write_text(json.dumps({"settings": dataclasses.asdict(settings), "held_out_loss": {}}))
-                run_afresh(f"{variant}, seed {seed}", __file__, "--worker", str(file))
-            runs[variant].append(json.loads(file.read_text()))
+    for variant, done in started:
+        runs[variant].append(done.result())
 
     console.print(losses_table(runs))
     console.print(costs_table(runs))
@@ -111,6 +117,7 @@ def train(file: Path) -> None:
     from examples.chat_data import collator, tokenize
     from examples.fine_tune import exact_matches, held_out_loss
     from examples.process_memory import PeakMemory, resident_bytes
+    from fxopt.precision.quantized import has_float8
 
     record = json.loads(file.read_text())
     settings = Settings(**record["settings"])
@@ -130,8 +137,7 @@ def train(file: Path) -> None:
     )
     model.to(device)
     if settings.variant in PRESETS:
-        # Without hardware for float8 its numbers can still be had.
-        fxopt.annotate(model, settings.variant, emulate=settings.variant == "fp8")
+        fxopt.annotate(model, settings.variant, emulate=settings.variant == "fp8" and not has_float8(device))
         model = fxopt.optimize(model, None)
     optimizer = _optimizer(settings, model)
 
@@ -164,6 +170,8 @@ def train(file: Path) -> None:
                     kind: getattr(held, kind) / held.num_parameters for kind in ("weights", "gradients", "optimizer")
                 }
             optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if step % settings.every == 0 or step == settings.steps:
@@ -329,6 +337,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="fxopt's updates run inside backward, clipped by the norm of the step before",
     )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with several, seconds mean little")
     parser.add_argument("--output", default=str(ROOT / "runs" / "training_curve"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

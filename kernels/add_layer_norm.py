@@ -55,6 +55,10 @@ def _add_layer_norm_fwd_kernel(
     summed = rounded.to(DTYPE)
     mean = tl.sum(summed, axis=1, keep_dims=True) / D
     centred = tl.where(mask, summed - mean, 0.0)
+    # What the rounded sum has missed matters where the mean is large.
+    missed = tl.sum(centred, axis=1, keep_dims=True) / D
+    mean += missed
+    centred = tl.where(mask, centred - missed, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / D + EPS)
     normed = centred * rstd
     if HAS_WEIGHT:

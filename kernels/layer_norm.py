@@ -54,6 +54,10 @@ def _layer_norm_fwd_kernel(
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(DTYPE)
     mean = tl.sum(x, axis=1, keep_dims=True) / D
     centred = tl.where(mask, x - mean, 0.0)
+    # What the rounded sum has missed matters where the mean is large.
+    missed = tl.sum(centred, axis=1, keep_dims=True) / D
+    mean += missed
+    centred = tl.where(mask, centred - missed, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / D + EPS)
     y = centred * rstd
     if HAS_WEIGHT:

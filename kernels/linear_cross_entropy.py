@@ -15,8 +15,9 @@ Gradient, with p = softmax(z) and s the row's share of the loss (1 / number of l
     dhidden = dx @ weight,  dweight = dxᵀ @ hidden,  dbias = Σ_rows dx
 Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them
 waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. They go through one reused buffer
-of at most CHUNK_ROWS rows and CHUNK_BYTES bytes, in which dx replaces the logits. For "mean" and "sum" the gradients
-are computed with the loss and saved; for "none" they are computed in the backward, chunk by chunk again.
+of at most CHUNK_ROWS rows and CHUNK_BYTES (on a GPU GPU_CHUNK_BYTES), in which dx replaces the logits. For "mean" and
+"sum" the gradients are computed with the loss and saved; for "none" they are computed in the backward, chunk by chunk
+again.
 Bytes that must move: hidden and weight, their gradients, and 3 passes over the buffer for each chunk.
 """
 
@@ -32,6 +33,7 @@ from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, on_device, tl, 
 
 CHUNK_ROWS = 4096  # matrix products are at full speed long before; for small vocabularies
 CHUNK_BYTES = 64 * 2**20  # one chunk needs no float32 sum of the weight's gradient, so not smaller than this
+GPU_CHUNK_BYTES = 256 * 2**20  # each chunk reads and writes that sum: fewer chunks, and larger matrix products
 # Every step keeps another number of rows, and for each new shape of a matrix product oneDNN holds on to half a MB.
 ROW_MULTIPLE = 64
 _SOFTMAX_BYTES = 8 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
@@ -267,17 +269,19 @@ def _loss_and_grads(
         scales = None if scales is None else _take_rows(scales, kept_rows)
     _check_labels(labels, vocabulary)
 
-    chunks = _chunks(labels.shape[0], vocabulary * hidden.element_size())
+    most_bytes = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
+    chunks = _chunks(labels.shape[0], vocabulary * hidden.element_size(), most_bytes)
     # With one chunk its product is the weight's gradient; a sum over several is kept in float32.
     summed = len(chunks) != 1
-    # A row's loss and their sum are float64 where the device has it: few numbers, and no luck in the last digit.
-    losses = hidden.new_empty(labels.shape, dtype=torch.float64 if hidden.device.type in ("cpu", "cuda") else dtype)
+    # A row's loss, and sums of few numbers over rows, are float64 where the device has it: no luck in the last digit.
+    exact = torch.float64 if hidden.device.type in ("cpu", "cuda") else dtype
+    losses = hidden.new_empty(labels.shape, dtype=exact)
     buffer = hidden.new_empty(max((chunk.stop - chunk.start for chunk in chunks), default=0), vocabulary)
     dhidden = hidden.new_empty(hidden.shape if want_hidden else 0)
     dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=dtype if summed else weight.dtype)
     if summed:
         dweight.zero_()
-    dbias = weight.new_zeros(vocabulary if want_bias else 0, dtype=dtype)
+    dbias = weight.new_zeros(vocabulary if want_bias else 0, dtype=exact)
 
     for chunk in chunks:
         h, logits = hidden[chunk], buffer[: chunk.stop - chunk.start]
@@ -318,7 +322,7 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
     *_, softcap, _, _, want_hidden, want_weight, want_bias = options
     itemsize, width, wide = hidden.element_size(), hidden.shape[1], compute_dtype(hidden).itemsize
     num_rows, vocabulary = -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE, weight.shape[0]
-    chunks = _chunks(num_rows, vocabulary * itemsize)
+    chunks = _chunks(num_rows, vocabulary * itemsize, CHUNK_BYTES)
     chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     held = chunk_rows * vocabulary * itemsize + num_rows * width * itemsize * (1 + want_hidden)
     copies = 2 if softcap is not None and (want_hidden or want_weight or want_bias) else 1
@@ -341,18 +345,24 @@ def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return taken
 
 
-def _chunks(num_rows: int, row_bytes: int) -> list[slice]:
-    """Slices of nearly equal length, none longer than CHUNK_ROWS or, with its logits, larger than CHUNK_BYTES."""
-    most = max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
+    """Slices of nearly equal length, none longer than CHUNK_ROWS or, with its logits, larger than `most_bytes`."""
+    most = max(1, min(CHUNK_ROWS, most_bytes // row_bytes))
     num_chunks = -(-num_rows // most)
     bounds = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else []
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; where total is wider than a and b, in blocks of rows: no product of total's size is held."""
+    """total += a @ b. Where total is wider than a and b: as cuBLAS does it, without rounding; else in blocks of rows.
+
+    No product of total's size is held on the CPU.
+    """
     if total.dtype == a.dtype:
         total.addmm_(a, b)
+        return
+    if total.device.type == "cuda" and torch.version.hip is None:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
     step = _VOCABULARY_BLOCK if total.device.type == "cpu" else total.shape[0]
     for start in range(0, total.shape[0], step):

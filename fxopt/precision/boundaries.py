@@ -79,7 +79,7 @@ def place_boundaries(model: nn.Module, precisions: Mapping[nn.Parameter, Precisi
         _keep(
             reader,
             reader.register_forward_pre_hook(_open_lenders),
-            reader.register_forward_hook(_close_lenders, always_call=True),
+            reader.register_forward_hook(_close_lenders, always_call=True, prepend=True),
         )
 
 
@@ -88,7 +88,7 @@ def remove_boundaries(model: nn.Module) -> None:
     for module in model.modules():
         for handle in module.__dict__.pop("_fxopt_handles", ()):
             handle.remove()
-        for attribute in ("_fxopt_boundary", "_fxopt_readers", "_fxopt_lenders"):
+        for attribute in ("_fxopt_boundary", "_fxopt_readers", "_fxopt_own", "_fxopt_lenders"):
             module.__dict__.pop(attribute, None)
 
 
@@ -106,12 +106,12 @@ def _compute_dtype(owned: list[tuple[nn.Parameter, Precision]]) -> torch.dtype:
 
 
 def _hook(module: nn.Module, boundary: Boundary) -> None:
-    _remember(module, _fxopt_boundary=boundary, _fxopt_readers=0)
+    _remember(module, _fxopt_boundary=boundary, _fxopt_readers=0, _fxopt_own={})
     # Always called: a forward that fails, or that checkpointing stops early, gives its parameters back as well.
     _keep(
         module,
         module.register_forward_pre_hook(_enter, with_kwargs=True),
-        module.register_forward_hook(_leave, always_call=True),
+        module.register_forward_hook(_leave, always_call=True, prepend=True),  # hooks before ours see the parameters
     )
 
 
@@ -157,7 +157,7 @@ def _close_lenders(module: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _lend(module: Any) -> None:
-    """Casts of the parameters as attributes of the module, which Python finds before it asks for parameters."""
+    """Casts take the parameters' places. As attributes, the Dynamo of torch 2.11 could not take them away again."""
     if module._fxopt_readers == 0:
         boundary: Boundary = module._fxopt_boundary
         for leaf, cast in boundary.lent:
@@ -166,7 +166,8 @@ def _lend(module: Any) -> None:
                 continue
             is_stochastic = cast == "stochastic" and module.training
             lent = cast_stochastically(parameter, boundary.compute) if is_stochastic else parameter.to(boundary.compute)
-            module.__dict__[leaf] = lent
+            module._fxopt_own[leaf] = parameter
+            module._parameters[leaf] = lent
     module._fxopt_readers += 1
 
 
@@ -175,7 +176,8 @@ def _take_back(module: Any) -> None:
     module._fxopt_readers = max(module._fxopt_readers - 1, 0)
     if module._fxopt_readers == 0:
         for leaf, _ in module._fxopt_boundary.lent:
-            module.__dict__.pop(leaf, None)
+            if leaf in module._fxopt_own:
+                module._parameters[leaf] = module._fxopt_own.pop(leaf)
 
 
 def _cast_all(value: Any, dtype: torch.dtype) -> Any:

@@ -20,7 +20,8 @@ Group = dict[str, Any]
 State = dict[str, Any]
 
 # Elements that pass through float32 scratch at a time where states are quantized or weights are int8.
-CHUNK_NUMEL = 1 << 17
+CHUNK_NUMEL = 1 << 17  # they stay in the CPU's cache
+GPU_CHUNK_NUMEL = 1 << 22  # launches cost more than what a few of its elements take
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class AdamWRule:
         moments = [local(item.state[name]) for name in self.signed]
         numel = gradient.numel()
         aligned = math.lcm(storage.alignment, *(getattr(moment, "block_size", 1) for moment in moments))
-        chunk = max(aligned, CHUNK_NUMEL // aligned * aligned)
+        most = CHUNK_NUMEL if gradient.device.type == "cpu" else GPU_CHUNK_NUMEL
+        chunk = max(aligned, most // aligned * aligned)
         for start in range(0, numel, chunk):
             stop = min(start + chunk, numel)
             values = storage.read(start, stop)

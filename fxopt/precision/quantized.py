@@ -196,10 +196,15 @@ def is_swapped(module: nn.Module) -> bool:
     return _MARK in module.__dict__
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether it multiplies float8 matrices: any AMD GPU that torch runs on, NVIDIA's of capability 8.9 or later."""
+    return device.type == "cuda" and (bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 9))
+
+
 def require_float8(devices: Iterable[torch.device]) -> None:
     """Raises PolicyError where a device has no float8 products."""
     for device in devices:
-        if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 9)):
+        if has_float8(device):
             continue
         raise PolicyError(
             f"{device} has no float8 products (they need a GPU of compute capability 8.9 or later): use the policy "

@@ -118,6 +118,8 @@ def _spell_function(node: fx.Node) -> None:
         options = {name: value for name, value in node.kwargs.items() if name != "inplace"}
         node.target, node.args, node.kwargs = FUNCTIONAL[node.target], node.args[:1], options
     name = _name(node)
+    if node.op == "call_method" and name.startswith("__") and hasattr(operator, name):  # older Dynamo's `x.__eq__(y)`
+        node.op, node.target = "call_function", getattr(operator, name)
     plain = not node.kwargs and isinstance(node.target, str | _BuiltinFunction)
     if name in ARITHMETIC and plain and len(node.args) <= 2:
         node.op, node.target = "call_function", ARITHMETIC[name]

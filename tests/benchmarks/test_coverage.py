@@ -44,12 +44,12 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
     versions = {name: version(name) for name in ("torch", "transformers")}
     rows = [{"type": "git", "status": "outside", "seconds": 1.0}, {"type": "gpt2", "status": "crashed", "seconds": 1.0}]
     file = tmp_path / "run.json"
-    file.write_text(json.dumps({"versions": versions, "rows": rows}))
+    file.write_text(json.dumps({"versions": versions, "device": "cpu", "rows": rows}))
     afresh = []
     monkeypatch.setattr(
         coverage,
         "cover_afresh",
-        lambda name, _: afresh.append(name) or {"type": name, "status": "outside", "seconds": 0},
+        lambda name, *_: afresh.append(name) or {"type": name, "status": "outside", "seconds": 0},
     )
     assert coverage.main(["git", "gpt2", "gptj", "--save", str(file), "--resume", "--jobs", "1"]) == 0
     assert afresh == ["gpt2", "gptj"]

@@ -166,13 +166,13 @@ def test_the_fused_kernel_is_checked_before_it_is_used(monkeypatch: pytest.Monke
             assert not kernel._fused_is_right.__wrapped__()
 
 
-def check_triton_kernel() -> None:
-    """Runs in a process of its own, where Triton interprets."""
+def check_triton_kernel(device: str) -> None:
+    """On a GPU, or on the CPU in a process of its own, where Triton interprets."""
     for dtype in (torch.float32, torch.bfloat16):
         for numel in (1, 2047, 5001):
-            p, g, m, v = problem(numel, dtype)
+            p, g, m, v = (tensor.to(device) for tensor in problem(numel, dtype))
             p32, m32, v32 = adamw_reference(p, g, m, v, **HYPER, step=3)
-            guarded = torch.full((numel + 64,), float("nan"), dtype=dtype)
+            guarded = torch.full((numel + 64,), float("nan"), dtype=dtype, device=device)
             guarded[:numel] = p
             slot = kernel._Slot(guarded[:numel], g, m, v, torch.tensor(3.0), 0)
             kernel._launch(slot, 3, kernel._Hyper(**HYPER), "stochastic", noise_key(0, 3, 0))
@@ -187,15 +187,17 @@ def check_triton_kernel() -> None:
             assert torch.all(sum(slot.param == bound for bound in (*low, *high)) > 0)  # type: ignore[call-overload]
 
     numel, up = 40_000, 0.25
-    p, g = torch.ones(numel, dtype=torch.bfloat16), -torch.ones(numel, dtype=torch.bfloat16)
-    slot = kernel._Slot(p, g, torch.zeros(numel), torch.zeros(numel), torch.tensor(1.0), 0)
+    p = torch.ones(numel, dtype=torch.bfloat16, device=device)
+    m, v = torch.zeros(2, numel, device=device)
+    slot = kernel._Slot(p, -p, m, v, torch.tensor(1.0), 0)
     hyper = kernel._Hyper(lr=up * 2**-7, beta1=0.9, beta2=0.999, eps=0.0, weight_decay=0.0)
     kernel._launch(slot, 1, hyper, "stochastic", noise_key(0, 1, 0))
     assert abs((p > 1).double().mean().item() - up) < 5 * (up * (1 - up) / numel) ** 0.5
 
-    p = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0], dtype=torch.bfloat16)
-    g = torch.tensor([1.0, 1.0, 1.0, float("nan")], dtype=torch.bfloat16)
-    slot = kernel._Slot(p, g, torch.zeros(4), torch.zeros(4), torch.tensor(1.0), 0)
+    p = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0], dtype=torch.bfloat16, device=device)
+    g = torch.tensor([1.0, 1.0, 1.0, float("nan")], dtype=torch.bfloat16, device=device)
+    m, v = torch.zeros(2, 4, device=device)
+    slot = kernel._Slot(p, g, m, v, torch.tensor(1.0), 0)
     kernel._launch(slot, 1, hyper, "stochastic", noise_key(0, 1, 0))
     assert p[0] == float("inf") and p[1] == float("-inf") and p[2:].isnan().all()
 
@@ -205,6 +207,11 @@ def test_triton_kernel_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_triton_kernel_on_a_gpu() -> None:
+    check_triton_kernel("cuda")
 
 
 @pytest.mark.parametrize("target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=str)
@@ -236,4 +243,4 @@ def test_triton_kernel_compiles(target: tuple[str, object, int], param: str) -> 
 
 
 if __name__ == "__main__":
-    check_triton_kernel()
+    check_triton_kernel("cpu")

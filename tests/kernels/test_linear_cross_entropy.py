@@ -263,7 +263,7 @@ def test_never_holds_the_logits(softmax: str, device: str, monkeypatch: Any) -> 
 
 def test_chunks_bound_the_buffer() -> None:
     for num_rows, row_bytes in ((0, 8), (1, 8), (513, 98304), (10_000, 512 * 1024), (3, kernel.CHUNK_BYTES * 2)):
-        chunks = kernel._chunks(num_rows, row_bytes)
+        chunks = kernel._chunks(num_rows, row_bytes, kernel.CHUNK_BYTES)
         assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
         lengths = [chunk.stop - chunk.start for chunk in chunks]
         assert all(n <= kernel.CHUNK_ROWS and (n == 1 or n * row_bytes <= kernel.CHUNK_BYTES) for n in lengths)

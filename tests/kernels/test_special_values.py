@@ -101,6 +101,8 @@ def test_finite_where_the_reference_is(case: str, planted: float, device: str) -
         found = outputs_and_gradients(op, *arguments, **options)
         for name, expected in outputs_and_gradients(reference, *arguments, **options).items():
             differ = found[name].isfinite() != expected.isfinite()
+            if math.isfinite(planted):  # what overflows, as in torch's layer norm on a GPU, may overflow no longer
+                differ &= expected.isfinite()
             if name == f"gradient of input {index}":
                 differ &= ~arguments[index].isnan()  # what the gradient of NaN is, does not matter
             assert not differ.any(), (

@@ -59,6 +59,15 @@ def test_methods_and_functions_are_one(function, target):
     assert nodes[-1].target is target
 
 
+def test_operators_called_as_methods_are_operators():
+    """Dynamo of torch 2.11 writes `x.__eq__(y)` for `x == y`."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_method("__eq__", (x, graph.call_method("__mul__", (x, 2)))))
+    spell_out(graph)
+    assert [node.target for node in graph.nodes if node.op.startswith("call")] == [operator.mul, operator.eq]
+
+
 def test_what_means_something_else_keeps_its_spelling():
     _, nodes = spelled(lambda x: torch.add(x, x, alpha=2), X)
     assert nodes[-1].target is torch.add

@@ -163,7 +163,8 @@ def cover(model_type: str, device: str = "cpu") -> Row:
     from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
 
     def made() -> Any:
-        return tiny_causal_lm(model_type).to(device)
+        model: Any = tiny_causal_lm(model_type)  # transformers' `to` is typed for another argument
+        return model.to(device)
 
     def batch(seed: int) -> dict[str, Any]:
         tensors = batch_for(model, seed=seed, **BATCHES[seed % NUM_BATCHES])

@@ -47,7 +47,7 @@ fix: $(VENV)/.dev ## ruff, repairing what it can
 bench-step: $(VENV)/.demo ## time and memory of one training step: eager, fxopt, torch.compile, mixed
 	@$(BIN)/python benchmarks/step.py
 
-bench-curve: $(VENV)/.demo ## held-out loss over 80 steps for each precision, drawn
+bench-curve: $(VENV)/.demo ## held-out loss over 100 steps for each precision, drawn
 	@$(BIN)/python benchmarks/training_curve.py
 
 coverage: $(VENV)/.demo ## every causal LM of transformers, tiny: what is rewritten, and whether it trains exactly

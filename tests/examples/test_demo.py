@@ -91,7 +91,7 @@ def test_step_benchmark_on_random_tokens(tiny_model: Path, tmp_path: Path) -> No
     options = ["--padding", "0.25", "--steps", "2", "--warmup", "1", "--repeats", "1", "--variants", "plain"]
     done = run("benchmarks/step.py", "--model", tiny_model, *shape, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "50% masked" in done.stdout
+    assert "50% masked" in " ".join(done.stdout.split())  # wherever the lines end
 
 
 def test_training_curve_is_drawn_and_not_run_twice(tiny_model: Path, tmp_path: Path) -> None:

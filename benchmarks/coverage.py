@@ -123,8 +123,7 @@ def cover_afresh(model_type: str, timeout: float, device: str) -> Row:
     """`cover` in a process of its own."""
     # A server that has imported everything once forks the processes; not where they use a GPU, which it has opened.
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
-    if device == "cpu":
-        context.set_forkserver_preload(["torch", "transformers", "fxopt.api", "benchmarks.tiny_causal_lms"])
+    context.set_forkserver_preload(["torch", "transformers", "fxopt.api", "benchmarks.tiny_causal_lms"])
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(model_type, send, timeout, device))
     began = time.perf_counter()

@@ -183,23 +183,14 @@ def _weights(model: str | None) -> str | None:
 
 
 def _model(folder: str | None, dtype: Any, device: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
+
+    from fxopt.inspection.configurations import configuration_of
 
     if folder is not None and not folder.endswith(".json"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-    )
     with device:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder) if folder else config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(configuration_of(folder or "SmolLM2-135M"), dtype=dtype)
 
 
 def _batches(options: argparse.Namespace, folder: str | None) -> tuple[list[dict[str, Any]], str]:

@@ -25,7 +25,7 @@ from fxopt.kernels.backend import (
     triton,
     triton_dtype,
 )
-from fxopt.kernels.layer_norm import _gradient, layer_norm_reference
+from fxopt.kernels.layer_norm import _gradient, _mean_and_centred, layer_norm_reference
 
 
 def add_layer_norm_reference(
@@ -52,13 +52,7 @@ def _add_layer_norm_fwd_kernel(
     rounded = (x + residual).to(summed_ptr.dtype.element_ty)
     tl.store(summed_ptr + rows * D + cols, rounded, mask=mask)
 
-    summed = rounded.to(DTYPE)
-    mean = tl.sum(summed, axis=1, keep_dims=True) / D
-    centred = tl.where(mask, summed - mean, 0.0)
-    # What the rounded sum has missed matters where the mean is large.
-    missed = tl.sum(centred, axis=1, keep_dims=True) / D
-    mean += missed
-    centred = tl.where(mask, centred - missed, 0.0)
+    mean, centred = _mean_and_centred(rounded.to(DTYPE), mask, D)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / D + EPS)
     normed = centred * rstd
     if HAS_WEIGHT:

@@ -42,6 +42,16 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 
 @triton.jit
+def _mean_and_centred(x, mask, D: tl.constexpr):
+    """(ROWS, 1) and (ROWS, BLOCK): the mean of each row, and what lies around it."""
+    mean = tl.sum(x, axis=1, keep_dims=True) / D
+    centred = tl.where(mask, x - mean, 0.0)
+    # What the rounded sum has missed matters where the mean is large.
+    missed = tl.sum(centred, axis=1, keep_dims=True) / D
+    return mean + missed, tl.where(mask, centred - missed, 0.0)
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, num_rows, x_stride,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -52,12 +62,7 @@ def _layer_norm_fwd_kernel(
     mask = (rows < num_rows) & (cols < D)
 
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(DTYPE)
-    mean = tl.sum(x, axis=1, keep_dims=True) / D
-    centred = tl.where(mask, x - mean, 0.0)
-    # What the rounded sum has missed matters where the mean is large.
-    missed = tl.sum(centred, axis=1, keep_dims=True) / D
-    mean += missed
-    centred = tl.where(mask, centred - missed, 0.0)
+    mean, centred = _mean_and_centred(x, mask, D)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / D + EPS)
     y = centred * rstd
     if HAS_WEIGHT:

@@ -269,8 +269,7 @@ def _loss_and_grads(
         scales = None if scales is None else _take_rows(scales, kept_rows)
     _check_labels(labels, vocabulary)
 
-    most_bytes = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
-    chunks = _chunks(labels.shape[0], vocabulary * hidden.element_size(), most_bytes)
+    chunks = _chunks(labels.shape[0], vocabulary * hidden.element_size(), hidden.device)
     # With one chunk its product is the weight's gradient; a sum over several is kept in float32.
     summed = len(chunks) != 1
     # A row's loss, and sums of few numbers over rows, are float64 where the device has it: no luck in the last digit.
@@ -322,7 +321,7 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
     *_, softcap, _, _, want_hidden, want_weight, want_bias = options
     itemsize, width, wide = hidden.element_size(), hidden.shape[1], compute_dtype(hidden).itemsize
     num_rows, vocabulary = -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE, weight.shape[0]
-    chunks = _chunks(num_rows, vocabulary * itemsize, CHUNK_BYTES)
+    chunks = _chunks(num_rows, vocabulary * itemsize, hidden.device)
     chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     held = chunk_rows * vocabulary * itemsize + num_rows * width * itemsize * (1 + want_hidden)
     copies = 2 if softcap is not None and (want_hidden or want_weight or want_bias) else 1
@@ -345,8 +344,12 @@ def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return taken
 
 
-def _chunks(num_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
-    """Slices of nearly equal length, none longer than CHUNK_ROWS or, with its logits, larger than `most_bytes`."""
+def _chunks(num_rows: int, row_bytes: int, device: torch.device) -> list[slice]:
+    """Slices of nearly equal length, none longer than CHUNK_ROWS or, with its logits, larger than CHUNK_BYTES.
+
+    On a GPU the bound is GPU_CHUNK_BYTES.
+    """
+    most_bytes = CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
     most = max(1, min(CHUNK_ROWS, most_bytes // row_bytes))
     num_chunks = -(-num_rows // most)
     bounds = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else []

@@ -8,13 +8,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxopt
 from benchmarks import coverage
+from fxopt.precision.presets import policies
 from fxopt.precision.quantized import has_float8
 from tests.tiny_models import LLAMA_HITS, tiny_batch, tiny_llama
 
 pytestmark = pytest.mark.gpu
 
 GPU = "cuda"
-PRESETS = ["fp32", "mixed", "mixed-stochastic", "bf16", "bf16-islands", "bf16-8bit", "int8", "fp8", "auto"]
 
 
 def batch_on_gpu(**options):
@@ -30,7 +30,7 @@ def test_everything_is_rewritten_and_trains_alike(model_type):
         assert all(row["sites"].get(kind, 0) <= found["hits"][kind] for kind in coverage.OPS_OF), (row, found)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*policies(), "auto"])
 @pytest.mark.parametrize("released", [False, True])
 def test_presets_train(preset, released):
     if preset == "fp8" and not has_float8(torch.device(GPU)):

@@ -111,7 +111,7 @@ def _hook(module: nn.Module, boundary: Boundary) -> None:
     _keep(
         module,
         module.register_forward_pre_hook(_enter, with_kwargs=True),
-        module.register_forward_hook(_leave, always_call=True, prepend=True),  # hooks before ours see the parameters
+        module.register_forward_hook(_leave, always_call=True, prepend=True),  # earlier hooks see the parameters
     )
 
 
@@ -175,9 +175,8 @@ def _take_back(module: Any) -> None:
     # Not below zero, where another pre-hook failed before ours ran.
     module._fxopt_readers = max(module._fxopt_readers - 1, 0)
     if module._fxopt_readers == 0:
-        for leaf, _ in module._fxopt_boundary.lent:
-            if leaf in module._fxopt_own:
-                module._parameters[leaf] = module._fxopt_own.pop(leaf)
+        module._parameters.update(module._fxopt_own)
+        module._fxopt_own.clear()
 
 
 def _cast_all(value: Any, dtype: torch.dtype) -> Any:

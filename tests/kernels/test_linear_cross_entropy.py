@@ -261,12 +261,13 @@ def test_never_holds_the_logits(softmax: str, device: str, monkeypatch: Any) -> 
     assert len({address for _, address in seen}) == 1
 
 
-def test_chunks_bound_the_buffer() -> None:
-    for num_rows, row_bytes in ((0, 8), (1, 8), (513, 98304), (10_000, 512 * 1024), (3, kernel.CHUNK_BYTES * 2)):
-        chunks = kernel._chunks(num_rows, row_bytes, kernel.CHUNK_BYTES)
+@pytest.mark.parametrize(("place", "most_bytes"), [("cpu", kernel.CHUNK_BYTES), ("cuda", kernel.GPU_CHUNK_BYTES)])
+def test_chunks_bound_the_buffer(place: str, most_bytes: int) -> None:
+    for num_rows, row_bytes in ((0, 8), (1, 8), (513, 98304), (10_000, 512 * 1024), (3, most_bytes * 2)):
+        chunks = kernel._chunks(num_rows, row_bytes, torch.device(place))
         assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
         lengths = [chunk.stop - chunk.start for chunk in chunks]
-        assert all(n <= kernel.CHUNK_ROWS and (n == 1 or n * row_bytes <= kernel.CHUNK_BYTES) for n in lengths)
+        assert all(n <= kernel.CHUNK_ROWS and (n == 1 or n * row_bytes <= most_bytes) for n in lengths)
         assert not lengths or max(lengths) - min(lengths) <= 1
 
 

@@ -101,8 +101,8 @@ def test_finite_where_the_reference_is(case: str, planted: float, device: str) -
         found = outputs_and_gradients(op, *arguments, **options)
         for name, expected in outputs_and_gradients(reference, *arguments, **options).items():
             differ = found[name].isfinite() != expected.isfinite()
-            if math.isfinite(planted):  # what overflows, as in torch's layer norm on a GPU, may overflow no longer
-                differ &= expected.isfinite()
+            if device == "cuda" and "layer_norm" in case and math.isfinite(planted):
+                differ &= expected.isfinite()  # torch's own kernel makes NaN of what overflows; on the CPU it does not
             if name == f"gradient of input {index}":
                 differ &= ~arguments[index].isnan()  # what the gradient of NaN is, does not matter
             assert not differ.any(), (

@@ -25,7 +25,14 @@ from fxopt.kernels.backend import (
     triton,
     triton_dtype,
 )
-from fxopt.kernels.layer_norm import _gradient, _mean_and_centred, layer_norm_reference
+from fxopt.kernels.layer_norm import (
+    _gradient,
+    _mean_and_centred,
+    layer_norm_and_statistics,
+    layer_norm_backward,
+    layer_norm_reference,
+)
+from fxopt.kernels.op import op
 
 
 def add_layer_norm_reference(
@@ -126,17 +133,17 @@ def add_layer_norm(
     """
     check_rows("add_layer_norm", x, weight=weight, bias=bias)
     check_residual("add_layer_norm", x, residual)
-    summed, normed, _, _ = torch.ops.fxopt.add_layer_norm(x, residual, weight, bias, eps)
+    summed, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
     return summed, normed
 
 
-@torch.library.custom_op("fxopt::add_layer_norm", mutates_args=())
+@op("add_layer_norm")
 def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum and its norm, and mean and 1 / sqrt(var + eps) of each row of the sum (..., 1)."""
     summed = torch.add(x, residual, out=x.new_empty(x.shape))
-    return summed, *torch.ops.fxopt.layer_norm(summed, weight, bias, eps)
+    return summed, *layer_norm_and_statistics(summed, weight, bias, eps)
 
 
 @_add_layer_norm.register_kernel(TRITON_DEVICES)
@@ -167,13 +174,13 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
-@torch.library.custom_op("fxopt::add_layer_norm_backward", mutates_args=())
+@op("add_layer_norm_backward")
 def _add_layer_norm_backward(
     dsummed: Tensor, dnormed: Tensor, summed: Tensor, mean: Tensor, rstd: Tensor,
     weight: Tensor | None, bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x and residual alike, weight and bias; empty ones for a weight or bias that is None."""
-    dx, dweight, dbias = torch.ops.fxopt.layer_norm_backward(dnormed, summed, mean, rstd, weight, bias)
+    dx, dweight, dbias = layer_norm_backward(dnormed, summed, mean, rstd, weight, bias)
     return dx.add_(dsummed), dweight, dbias
 
 
@@ -221,7 +228,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _recompute(ctx) -> Tensor:
     """The norm again, for those who did not keep it (`fxopt/rematerialize.py`)."""
     summed, _, _, weight, bias = ctx.saved_tensors
-    return torch.ops.fxopt.layer_norm(summed, weight, bias, ctx.eps)[0]
+    return layer_norm_and_statistics(summed, weight, bias, ctx.eps)[0]
 
 
 def _backward(ctx, dsummed: Tensor | None, dnormed: Tensor | None, *_: None):
@@ -229,9 +236,9 @@ def _backward(ctx, dsummed: Tensor | None, dnormed: Tensor | None, *_: None):
         return dsummed, dsummed, None, None, None
     saved = ctx.saved_tensors
     if dsummed is None:
-        dx, dweight, dbias = torch.ops.fxopt.layer_norm_backward(dnormed, *saved)
+        dx, dweight, dbias = layer_norm_backward(dnormed, *saved)
     else:
-        dx, dweight, dbias = torch.ops.fxopt.add_layer_norm_backward(dsummed, dnormed, *saved)
+        dx, dweight, dbias = _add_layer_norm_backward(dsummed, dnormed, *saved)
     *_, weight, bias = saved
     return dx, dx, None if weight is None else dweight, None if bias is None else dbias, None
 

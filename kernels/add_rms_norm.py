@@ -25,7 +25,8 @@ from fxopt.kernels.backend import (
     triton,
     triton_dtype,
 )
-from fxopt.kernels.rms_norm import rms_norm_reference
+from fxopt.kernels.op import op
+from fxopt.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_reference
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -106,13 +107,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     """
     check_rows("add_rms_norm", x, weight=weight)
     check_residual("add_rms_norm", x, residual)
-    return torch.ops.fxopt.add_rms_norm(x, residual, weight, eps)
+    return _add_rms_norm(x, residual, weight, eps)
 
 
-@torch.library.custom_op("fxopt::add_rms_norm", mutates_args=())
+@op("add_rms_norm")
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     summed = torch.add(x, residual, out=x.new_empty(x.shape))
-    return summed, torch.ops.fxopt.rms_norm(summed, weight, eps)
+    return summed, rms_norm(summed, weight, eps)
 
 
 @_add_rms_norm.register_kernel(TRITON_DEVICES)
@@ -136,11 +137,11 @@ def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[T
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fxopt::add_rms_norm_backward", mutates_args=())
+@op("add_rms_norm_backward")
 def _add_rms_norm_backward(
     dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    dx, dweight = torch.ops.fxopt.rms_norm_backward(dnormed, summed, weight, eps)
+    dx, dweight = rms_norm_backward(dnormed, summed, weight, eps)
     return dx.add_(dsummed), dweight
 
 
@@ -178,7 +179,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _recompute(ctx) -> Tensor:
     """The norm again, for those who did not keep it (`fxopt/rematerialize.py`)."""
-    return torch.ops.fxopt.rms_norm(*ctx.saved_tensors, ctx.eps)
+    summed, weight = ctx.saved_tensors
+    return rms_norm(summed, weight, ctx.eps)
 
 
 def _backward(ctx, dsummed: Tensor | None, dnormed: Tensor | None):
@@ -186,9 +188,9 @@ def _backward(ctx, dsummed: Tensor | None, dnormed: Tensor | None):
     if dnormed is None:
         return dsummed, dsummed, None, None
     if dsummed is None:
-        dx, dweight = torch.ops.fxopt.rms_norm_backward(dnormed, summed, weight, ctx.eps)
+        dx, dweight = rms_norm_backward(dnormed, summed, weight, ctx.eps)
     else:
-        dx, dweight = torch.ops.fxopt.add_rms_norm_backward(dsummed, dnormed, summed, weight, ctx.eps)
+        dx, dweight = _add_rms_norm_backward(dsummed, dnormed, summed, weight, ctx.eps)
     return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
 
 

@@ -25,6 +25,7 @@ from fxopt.kernels.backend import (
     triton,
     triton_dtype,
 )
+from fxopt.kernels.op import op
 
 BLOCK = 1024
 
@@ -111,10 +112,10 @@ def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tens
         raise ValueError(f"clamped_swiglu: up has shape {tuple(up.shape)}; it must be as gate's, {tuple(gate.shape)}")
     if not limit >= 0:
         raise ValueError(f"clamped_swiglu: limit is {limit}; it must not be negative")
-    return torch.ops.fxopt.clamped_swiglu(gate, up, alpha, limit)
+    return _clamped_swiglu(gate, up, alpha, limit)
 
 
-@torch.library.custom_op("fxopt::clamped_swiglu", mutates_args=())
+@op("clamped_swiglu")
 def _clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     gate_rows, up_rows, y = _as_strided_rows(gate), _as_strided_rows(up), _new_result(gate, up)
     y_rows, dtype = as_rows(y), compute_dtype(y)
@@ -144,7 +145,7 @@ def _(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     return _new_result(gate, up)
 
 
-@torch.library.custom_op("fxopt::clamped_swiglu_backward", mutates_args=())
+@op("clamped_swiglu_backward")
 def _clamped_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
     dy_rows, gate_rows, up_rows = _as_strided_rows(dy), _as_strided_rows(gate), _as_strided_rows(up)
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
@@ -196,11 +197,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _recompute(ctx) -> Tensor:
     """The product again, for those who did not keep it (`fxopt/rematerialize.py`)."""
-    return torch.ops.fxopt.clamped_swiglu(*ctx.saved_tensors, ctx.alpha, ctx.limit)
+    return _clamped_swiglu(*ctx.saved_tensors, ctx.alpha, ctx.limit)
 
 
 def _backward(ctx, dy: Tensor):
-    return *torch.ops.fxopt.clamped_swiglu_backward(dy, *ctx.saved_tensors, ctx.alpha, ctx.limit), None, None
+    return *_clamped_swiglu_backward(dy, *ctx.saved_tensors, ctx.alpha, ctx.limit), None, None
 
 
 _clamped_swiglu.register_autograd(_backward, setup_context=_setup_context)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, as_rows, on_device, tl, triton, triton_dtype
+from fxopt.kernels.op import op
 
 BLOCK = 1024
 _aten = torch.ops.aten
@@ -129,10 +130,10 @@ def _checked_glu(name: str, gate: Tensor, up: Tensor, activation: str) -> Tensor
         raise ValueError(f"{name}: gate has shape {tuple(gate.shape)}; the last dimension must not be empty")
     if up.shape != gate.shape:
         raise ValueError(f"{name}: up has shape {tuple(up.shape)}; it must be as gate's, {tuple(gate.shape)}")
-    return torch.ops.fxopt.glu(gate, up, activation)
+    return _glu(gate, up, activation)
 
 
-@torch.library.custom_op("fxopt::glu", mutates_args=())
+@op("glu")
 def _glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     value = _activate(gate, activation)
     return torch.mul(value, up, out=value if value.dtype == _result_dtype(gate, up) else None)
@@ -156,7 +157,7 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape, dtype=_result_dtype(gate, up))
 
 
-@torch.library.custom_op("fxopt::glu_backward", mutates_args=())
+@op("glu_backward")
 def _glu_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     if not gate.dtype == up.dtype == dy.dtype:
         wide = _glu_backward(dy, gate.to(dy.dtype), up.to(dy.dtype), activation)
@@ -198,11 +199,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _recompute(ctx) -> Tensor:
     """The product again, for those who did not keep it (`fxopt/rematerialize.py`)."""
-    return torch.ops.fxopt.glu(*ctx.saved_tensors, ctx.activation)
+    return _glu(*ctx.saved_tensors, ctx.activation)
 
 
 def _backward(ctx, dy: Tensor):
-    return *torch.ops.fxopt.glu_backward(dy, *ctx.saved_tensors, ctx.activation), None
+    return *_glu_backward(dy, *ctx.saved_tensors, ctx.activation), None
 
 
 _glu.register_autograd(_backward, setup_context=_setup_context)

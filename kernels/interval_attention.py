@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import compute_dtype
+from fxopt.kernels.op import op
 
 _aten = torch.ops.aten
 TILE = 128  # queries of one block where each sees other keys, as in a sliding window
@@ -84,7 +85,7 @@ def visible_intervals(mask: Tensor) -> Tensor:
     Returns:
         (2, B, Q) int64; -1 everywhere if some query sees keys with a gap between them.
     """
-    return torch.ops.fxopt.visible_intervals(mask)
+    return _visible_intervals(mask)
 
 
 def interval_attention(
@@ -116,10 +117,10 @@ def interval_attention(
             f"interval_attention: mask is {tuple(mask.shape)}; it must be "
             f"({query.shape[0]} or 1, 1, {query.shape[2]}, {key.shape[2]})"
         )
-    return torch.ops.fxopt.interval_attention(query, key, value, mask, intervals, scale)[0]
+    return _interval_attention(query, key, value, mask, intervals, scale)[0]
 
 
-@torch.library.custom_op("fxopt::visible_intervals", mutates_args=(), device_types="cpu")
+@op("visible_intervals", device_types="cpu")
 def _visible_intervals(mask: Tensor) -> Tensor:
     seen = mask[:, 0]
     count = seen.sum(-1)
@@ -135,7 +136,7 @@ def _(mask: Tensor) -> Tensor:
     return mask.new_empty((2, mask.shape[0], mask.shape[2]), dtype=torch.int64)
 
 
-@torch.library.custom_op("fxopt::interval_attention", mutates_args=(), device_types="cpu")
+@op("interval_attention", device_types="cpu")
 def _interval_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, intervals: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ def _(
     return _empty_results(query)
 
 
-@torch.library.custom_op("fxopt::interval_attention_backward", mutates_args=(), device_types="cpu")
+@op("interval_attention_backward", device_types="cpu")
 def _interval_attention_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor,
     intervals: Tensor, scale: float | None,
@@ -196,7 +197,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout: Tensor, _: Tensor):
-    gradients = torch.ops.fxopt.interval_attention_backward(dout, *ctx.saved_tensors, ctx.scale)
+    gradients = _interval_attention_backward(dout, *ctx.saved_tensors, ctx.scale)
     return (*gradients, None, None, None)
 
 

@@ -28,6 +28,7 @@ from fxopt.kernels.backend import (
     triton,
     triton_dtype,
 )
+from fxopt.kernels.op import op
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -130,11 +131,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         ValueError: the last dimension is empty, or weight or bias does not have its length.
     """
     check_rows("layer_norm", x, weight=weight, bias=bias)
-    return torch.ops.fxopt.layer_norm(x, weight, bias, eps)[0]
+    return layer_norm_and_statistics(x, weight, bias, eps)[0]
 
 
-@torch.library.custom_op("fxopt::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+@op("layer_norm")
+def layer_norm_and_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and 1 / sqrt(var + eps) of each row (..., 1): on the CPU, backward is slower without."""
     x_rows, dtype = as_rows(x), compute_dtype(x)
     shape, weight, bias = x_rows.shape[-1:], cast(weight, dtype), cast(bias, dtype)
@@ -151,7 +154,7 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     return y.view(x.shape), mean.view(statistics_shape), rstd.view(statistics_shape)
 
 
-@_layer_norm.register_kernel(TRITON_DEVICES)
+@layer_norm_and_statistics.register_kernel(TRITON_DEVICES)
 def _layer_norm_triton(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,14 +172,14 @@ def _layer_norm_triton(
     return y, mean, rstd
 
 
-@_layer_norm.register_fake
+@layer_norm_and_statistics.register_fake
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x)) for _ in range(2))
     return x.new_empty(x.shape), mean, rstd
 
 
-@torch.library.custom_op("fxopt::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(
+@op("layer_norm_backward")
+def layer_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; empty ones for a weight or bias that is None."""
@@ -202,7 +205,7 @@ def _layer_norm_backward(
     return dx.view(x.shape), _gradient(dweight, weight, x), _gradient(dbias, bias, x)
 
 
-@_layer_norm_backward.register_kernel(TRITON_DEVICES)
+@layer_norm_backward.register_kernel(TRITON_DEVICES)
 def _layer_norm_backward_triton(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +224,7 @@ def _layer_norm_backward_triton(
     return dx, _gradient(dweight, weight, x), _gradient(dbias, bias, x)
 
 
-@_layer_norm_backward.register_fake
+@layer_norm_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,18 +244,18 @@ def _setup_context(ctx, inputs, output) -> None:
 def _recompute(ctx) -> Tensor:
     """The result again, for those who did not keep it (`fxopt/rematerialize.py`)."""
     x, _, _, weight, bias = ctx.saved_tensors
-    return torch.ops.fxopt.layer_norm(x, weight, bias, ctx.eps)[0]
+    return layer_norm_and_statistics(x, weight, bias, ctx.eps)[0]
 
 
 def _backward(ctx, dy: Tensor | None, *_: None):
     if dy is None:
         return None, None, None, None
     x, mean, rstd, weight, bias = ctx.saved_tensors  # once: activation checkpointing gives them out no second time
-    dx, dweight, dbias = torch.ops.fxopt.layer_norm_backward(dy, x, mean, rstd, weight, bias)
+    dx, dweight, dbias = layer_norm_backward(dy, x, mean, rstd, weight, bias)
     return dx, None if weight is None else dweight, None if bias is None else dbias, None
 
 
-_layer_norm.register_autograd(_backward, setup_context=_setup_context)
+layer_norm_and_statistics.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _gradient(total: Tensor | None, parameter: Tensor | None, x: Tensor) -> Tensor:

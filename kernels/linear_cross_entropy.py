@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, on_device, tl, triton, triton_dtype
+from fxopt.kernels.op import op
 
 CHUNK_ROWS = 4096  # matrix products are at full speed long before; for small vocabularies
 CHUNK_BYTES = 64 * 2**20  # one chunk needs no float32 sum of the weight's gradient, so not smaller than this
@@ -234,7 +235,7 @@ def linear_cross_entropy(
         raise RuntimeError(f"linear_cross_entropy: labels are {labels.dtype}; they must be torch.int64")
     with_grad = torch.is_grad_enabled() and reduction != "none"
     dtype = dtype or compute_dtype(hidden)
-    loss = torch.ops.fxopt.linear_cross_entropy(
+    loss = _linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), ignore_index, reduction,
         logit_scale, softcap, label_smoothing, z_loss,
         with_grad and hidden.requires_grad,
@@ -445,9 +446,7 @@ _ARGUMENTS = (
 )
 
 
-@torch.library.custom_op(
-    "fxopt::linear_cross_entropy", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+@op("linear_cross_entropy", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _linear_cross_entropy(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _loss_and_grads(_softmax_rows, None, *args)
 
@@ -466,11 +465,7 @@ def _(
 
 
 # With reduction "none" the backward computes the gradients, from the gradients of the rows' losses.
-@torch.library.custom_op(
-    "fxopt::linear_cross_entropy_backward",
-    mutates_args=(),
-    schema=f"(Tensor dlosses, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-)
+@op("linear_cross_entropy_backward", schema=f"(Tensor dlosses, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _linear_cross_entropy_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _loss_and_grads(_softmax_rows, *args)[1:]
 
@@ -517,7 +512,7 @@ def _backward(ctx, dloss: Tensor | None, *_: None):
     if dloss is None:
         return None, None, None, *nothing_else
     if ctx.reduction == "none":
-        grads = torch.ops.fxopt.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, *wanted)
+        grads = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, *wanted)
     else:
         # Scaling in place spares a copy of the weight's gradient; not if the graph may be walked again or is traced.
         in_place = type(dloss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()

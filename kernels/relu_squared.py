@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, as_rows, on_device, tl, triton, triton_dtype
+from fxopt.kernels.op import op
 
 BLOCK = 1024
 _aten = torch.ops.aten
@@ -65,10 +66,10 @@ def relu_squared(x: Tensor) -> Tensor:
     """
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"relu_squared: x has shape {tuple(x.shape)}; the last dimension must not be empty")
-    return torch.ops.fxopt.relu_squared(x)
+    return _relu_squared(x)
 
 
-@torch.library.custom_op("fxopt::relu_squared", mutates_args=())
+@op("relu_squared")
 def _relu_squared(x: Tensor) -> Tensor:
     return torch.clamp(x, min=0, out=x.new_empty(x.shape)).square_()
 
@@ -90,7 +91,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fxopt::relu_squared_backward", mutates_args=())
+@op("relu_squared_backward")
 def _relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.addcmul(x.new_zeros(()), dy, x, value=2, out=x.new_empty(x.shape))
     _aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx)
@@ -121,11 +122,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _recompute(ctx) -> Tensor:
     """The result again, for those who did not keep it (`fxopt/rematerialize.py`)."""
-    return torch.ops.fxopt.relu_squared(*ctx.saved_tensors)
+    return _relu_squared(*ctx.saved_tensors)
 
 
 def _backward(ctx, dy: Tensor) -> Tensor:
-    return torch.ops.fxopt.relu_squared_backward(dy, *ctx.saved_tensors)
+    return _relu_squared_backward(dy, *ctx.saved_tensors)
 
 
 _relu_squared.register_autograd(_backward, setup_context=_setup_context)

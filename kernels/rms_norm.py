@@ -26,6 +26,7 @@ from fxopt.kernels.backend import (
     triton,
     triton_dtype,
 )
+from fxopt.kernels.op import op
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -98,7 +99,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ValueError: the last dimension is empty, or weight does not have its length.
     """
     check_rows("rms_norm", x, weight=weight)
-    return torch.ops.fxopt.rms_norm(x, weight, eps)
+    return _rms_norm(x, weight, eps)
 
 
 def l2_norm(x: Tensor, eps: float) -> Tensor:
@@ -107,7 +108,7 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
     return rms_norm(x, x.new_full((D,), D**-0.5, dtype=compute_dtype(x)), eps / D)
 
 
-@torch.library.custom_op("fxopt::rms_norm", mutates_args=())
+@op("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x_rows, y = as_rows(x), x.new_empty(x.shape)
     y_rows, dtype = as_rows(y), compute_dtype(x)
@@ -138,8 +139,8 @@ def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fxopt::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+@op("rms_norm_backward")
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
     dx_rows = as_rows(dx)
     dtype, D = compute_dtype(x), x.shape[-1]
@@ -161,7 +162,7 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float)
     return dx, dweight.to(x.dtype if weight is None else weight.dtype)
 
 
-@_rms_norm_backward.register_kernel(TRITON_DEVICES)
+@rms_norm_backward.register_kernel(TRITON_DEVICES)
 def _rms_norm_backward_triton(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
     num_rows, D = x_rows.shape
@@ -178,7 +179,7 @@ def _rms_norm_backward_triton(dy: Tensor, x: Tensor, weight: Tensor | None, eps:
     return dx, x.new_empty(0) if weight is None else dweight.sum(0).to(weight.dtype)
 
 
-@_rms_norm_backward.register_fake
+@rms_norm_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     # No elements where there is no weight, since an op cannot return None.
     return x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
@@ -192,11 +193,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _recompute(ctx) -> Tensor:
     """The result again, for those who did not keep it (`fxopt/rematerialize.py`)."""
-    return torch.ops.fxopt.rms_norm(*ctx.saved_tensors, ctx.eps)
+    return _rms_norm(*ctx.saved_tensors, ctx.eps)
 
 
 def _backward(ctx, dy: Tensor):
-    dx, dweight = torch.ops.fxopt.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps)
+    dx, dweight = rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps)
     return dx, dweight if ctx.needs_input_grad[1] else None, None
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import BLOCK_BYTES, TRITON_DEVICES, compute_dtype, on_device, tl, triton, triton_dtype
+from fxopt.kernels.op import op
 
 LAYOUTS = ("halves", "pairs", "pairs_to_halves")
 
@@ -138,37 +139,38 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
     if cos.shape[-1] != sin.shape[-1]:
         raise ValueError(f"rope: cos has last dimension {cos.shape[-1]} and sin {sin.shape[-1]}; they must be equal")
     missing = (None,) * (4 - x.dim())
-    y: Tensor = torch.ops.fxopt.rope(x[missing], cos, sin, layout)
-    return y.view(x.shape) if missing else y
+    if missing:
+        return _rope(x[missing], cos, sin, layout).view(x.shape)
+    return _rope(x, cos, sin, layout)
 
 
-@torch.library.custom_op("fxopt::rope", mutates_args=())
-def _rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
+@op("rope")
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return _rotate(x, cos, sin, layout, backward=False)
 
 
 @_rope.register_kernel(TRITON_DEVICES)
-def _rope_triton(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
+def _rope_triton(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return _launch(x, cos, sin, layout, backward=False)
 
 
 @_rope.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
+def _(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("fxopt::rope_backward", mutates_args=())
-def _rope_backward(dy: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
+@op("rope_backward")
+def _rope_backward(dy: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return _rotate(dy, cos, sin, layout, backward=True)
 
 
 @_rope_backward.register_kernel(TRITON_DEVICES)
-def _rope_backward_triton(dy: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
+def _rope_backward_triton(dy: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return _launch(dy, cos, sin, layout, backward=True)
 
 
 @_rope_backward.register_fake
-def _(dy: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves") -> Tensor:
+def _(dy: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return torch.empty_like(dy)
 
 
@@ -179,7 +181,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor):
     x, cos, sin = ctx.saved_tensors
-    dx = torch.ops.fxopt.rope_backward(dy, cos, sin, ctx.layout) if ctx.needs_input_grad[0] else None
+    dx = _rope_backward(dy, cos, sin, ctx.layout) if ctx.needs_input_grad[0] else None
     dcos = dsin = None
     if any(ctx.needs_input_grad[1:3]):
         x_pairs, y_pairs = _orders(ctx.layout, backward=False)

@@ -4,7 +4,9 @@ Triton kernels in Triton's interpreter (`test_interpreter.py`; by hand: `TRITON_
 A process of its own, because the interpreter must be chosen before Triton is first imported.
 """
 
+import importlib
 import os
+import pkgutil
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -12,17 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.kernels import (
-    add_layer_norm,
-    add_rms_norm,
-    clamped_swiglu,
-    glu,
-    layer_norm,
-    linear_cross_entropy,
-    relu_squared,
-    rms_norm,
-    rope,
-)
+import fxopt.kernels
+from fxopt.kernels.op import OPS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -43,30 +36,11 @@ if INTERPRETED:
     interpreter._convert_float = convert_float_as_devices_do
 
     # Launch the Triton kernels for CPU tensors.
-    for op, launch in (
-        (rms_norm._rms_norm, rms_norm._rms_norm_triton),
-        (rms_norm._rms_norm_backward, rms_norm._rms_norm_backward_triton),
-        (add_rms_norm._add_rms_norm, add_rms_norm._add_rms_norm_triton),
-        (add_rms_norm._add_rms_norm_backward, add_rms_norm._add_rms_norm_backward_triton),
-        (layer_norm._layer_norm, layer_norm._layer_norm_triton),
-        (layer_norm._layer_norm_backward, layer_norm._layer_norm_backward_triton),
-        (add_layer_norm._add_layer_norm, add_layer_norm._add_layer_norm_triton),
-        (add_layer_norm._add_layer_norm_backward, add_layer_norm._add_layer_norm_backward_triton),
-        (glu._glu, glu._glu_triton),
-        (glu._glu_backward, glu._glu_backward_triton),
-        (clamped_swiglu._clamped_swiglu, clamped_swiglu._clamped_swiglu_triton),
-        (clamped_swiglu._clamped_swiglu_backward, clamped_swiglu._clamped_swiglu_backward_triton),
-        (relu_squared._relu_squared, relu_squared._relu_squared_triton),
-        (relu_squared._relu_squared_backward, relu_squared._relu_squared_backward_triton),
-        (rope._rope, rope._rope_triton),
-        (rope._rope_backward, rope._rope_backward_triton),
-        (linear_cross_entropy._linear_cross_entropy, linear_cross_entropy._linear_cross_entropy_triton),
-        (
-            linear_cross_entropy._linear_cross_entropy_backward,
-            linear_cross_entropy._linear_cross_entropy_backward_triton,
-        ),
-    ):
-        op.register_kernel("cpu", launch)
+    for module in pkgutil.iter_modules(fxopt.kernels.__path__):
+        importlib.import_module(f"fxopt.kernels.{module.name}")
+    for op in OPS.values():
+        if "cuda" in op.kernels:
+            op.register_kernel("cpu")(op.kernels["cuda"])
 
 
 @pytest.fixture

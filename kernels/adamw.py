@@ -18,6 +18,7 @@ Bytes moved: 22 per bfloat16 element (param 4, grad 2, states 16; a compensation
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from fxopt.kernels.rounding import NOISE_NUMEL, Rounding, add_noise_, cut_, nois
 # One chunk of a parameter is updated while it lies in the cache. Smaller chunks pay for launches: a bare loop over
 # 134.5 M parameters took 104 ms with 128 Ki elements and 81 ms with 512 Ki, on two cores.
 CHUNK_NUMEL = 1 << 19
+
+BLOCK = 512  # a program of the Triton kernels updates four times as many elements
 
 
 def adamw_reference(
@@ -56,17 +59,16 @@ def adamw_reference(
 
 
 @triton.jit
-def _adamw_kernel(
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed,
+def _update_block(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed, block,
     decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program updates 4 * BLOCK elements: one call of the random generator gives four numbers.
-    program = tl.program_id(0).to(tl.int64)
+    """Updates 4 * BLOCK elements of one parameter: one call of the random generator gives four numbers."""
     lane = tl.arange(0, BLOCK)
-    random = tl.randint4x(seed, program * BLOCK + lane)
+    random = tl.randint4x(seed, block * BLOCK + lane)
     for part in tl.static_range(4):
-        offsets = (program * 4 + part) * BLOCK + lane
+        offsets = (block * 4 + part) * BLOCK + lane
         mask = offsets < numel
         p = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -84,6 +86,37 @@ def _adamw_kernel(
         tl.store(exp_avg_ptr + offsets, m, mask=mask)
         tl.store(exp_avg_sq_ptr + offsets, v, mask=mask)
         tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _adamw_kernel(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed,
+    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    _update_block(
+        param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed, tl.program_id(0).to(tl.int64),
+        decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps, STOCHASTIC, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _many_adamw_kernel(
+    table_ptr, owner_ptr,
+    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # A row of the table is one parameter (`_table`); each program works for the parameter that owns it.
+    row = table_ptr + tl.load(owner_ptr + tl.program_id(0)) * 7
+    param_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(PARAM)), 16)
+    grad_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(GRAD)), 16)
+    exp_avg_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
+    exp_avg_sq_ptr = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
+    numel, seed, first_program = tl.multiple_of(tl.load(row + 4), 16), tl.load(row + 5), tl.load(row + 6)
+    _update_block(
+        param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed, tl.program_id(0).to(tl.int64) - first_program,
+        decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps, STOCHASTIC, BLOCK,
+    )  # fmt: skip
 
 
 def adamw_(
@@ -166,8 +199,7 @@ def foreach_adamw_(
         slots.setdefault((param.device, param.dtype, int(step)), []).append(slot)
     for (device, dtype, step_count), group in slots.items():
         if device.type in TRITON_DEVICES and rounding != "kahan":
-            for slot in group:
-                _launch(slot, step_count, hyper, rounding, noise_key(seed, step_count, slot.index))
+            _launch(group, step_count, hyper, rounding, seed)
         elif dtype == torch.float32:
             _update([replace(slot, grad=slot.grad.float()) for slot in group], step_count, hyper)
         else:
@@ -209,6 +241,11 @@ class _Slot:
     compensation: Tensor | None = None
     chunk: int = 0
 
+    def is_aligned(self) -> bool:
+        """Whether Triton may read it 16 bytes at a time: by where its tensors begin, and by their length."""
+        tensors = self.param, self.grad, self.exp_avg, self.exp_avg_sq
+        return self.param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
     def chunks(self) -> Iterator["_Slot"]:
         numel = self.param.numel()
         if numel <= CHUNK_NUMEL:
@@ -228,27 +265,82 @@ class _Slot:
             )
 
 
-def _launch(slot: _Slot, step: int, hyper: _Hyper, rounding: Rounding, key: int) -> None:
-    numel, block = slot.param.numel(), 512
-    with on_device(slot.param):
-        _adamw_kernel[(triton.cdiv(numel, 4 * block),)](
-            param_ptr=slot.param,
-            grad_ptr=slot.grad,
-            exp_avg_ptr=slot.exp_avg,
-            exp_avg_sq_ptr=slot.exp_avg_sq,
-            numel=numel,
-            seed=key | (1 << 62) | 1,  # always 64 bits and odd, so that Triton compiles one kernel for all seeds
-            decay=1 - hyper.lr * hyper.weight_decay,
-            beta1=hyper.beta1,
-            one_minus_beta1=1 - hyper.beta1,
-            beta2=hyper.beta2,
-            one_minus_beta2=1 - hyper.beta2,
-            step_size=hyper.lr / (1 - hyper.beta1**step),
-            sqrt_correction2=(1 - hyper.beta2**step) ** 0.5,
-            eps=hyper.eps,
-            STOCHASTIC=rounding == "stochastic" and slot.param.dtype == torch.bfloat16,
-            BLOCK=block,
+def _launch(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
+    """One launch for all parameters of a dtype that Triton may read 16 bytes at a time, and one for each other."""
+    together: dict[torch.dtype, list[_Slot]] = {}
+    for slot in slots:
+        together.setdefault(slot.grad.dtype, []).append(slot)
+    for group in together.values():
+        aligned = [slot for slot in group if slot.is_aligned()]
+        single = [slot for slot in group if len(aligned) == 1 or not slot.is_aligned()]
+        with on_device(group[0].param):
+            if len(aligned) > 1:
+                _launch_many(aligned, step, hyper, rounding, seed)
+            for slot in single:
+                _launch_one(slot, step, hyper, rounding, seed)
+
+
+def _launch_one(slot: _Slot, step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
+    numel = slot.param.numel()
+    _adamw_kernel[(triton.cdiv(numel, 4 * BLOCK),)](
+        slot.param, slot.grad, slot.exp_avg, slot.exp_avg_sq, numel, _triton_seed(seed, step, slot.index),
+        **_launch_options(slot, step, hyper, rounding),
+    )  # fmt: skip
+
+
+def _launch_many(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
+    device = slots[0].param.device
+    numels = tuple(slot.param.numel() for slot in slots)
+    owner, first_programs = _programs(numels, device)
+    rows = [
+        (
+            *(tensor.data_ptr() for tensor in (slot.param, slot.grad, slot.exp_avg, slot.exp_avg_sq)),
+            numel,
+            _triton_seed(seed, step, slot.index),
+            first_program,
         )
+        for slot, numel, first_program in zip(slots, numels, first_programs, strict=True)
+    ]
+    table = torch.tensor(rows)
+    if device.type != "cpu":
+        table = table.pin_memory().to(device, non_blocking=True)  # otherwise the copy would wait for all work before
+    _many_adamw_kernel[(owner.numel(),)](
+        table, owner,
+        PARAM=_triton_type(slots[0].param), GRAD=_triton_type(slots[0].grad),
+        **_launch_options(slots[0], step, hyper, rounding),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Which parameter each program works for, (programs,) int64, and the first program of each parameter."""
+    counts = torch.tensor([triton.cdiv(numel, 4 * BLOCK) for numel in numels])
+    first = counts.cumsum(0) - counts
+    return torch.repeat_interleave(torch.arange(len(numels)), counts).to(device), first.tolist()
+
+
+def _launch_options(slot: _Slot, step: int, hyper: _Hyper, rounding: Rounding) -> dict[str, Any]:
+    return {
+        "decay": 1 - hyper.lr * hyper.weight_decay,
+        "beta1": hyper.beta1,
+        "one_minus_beta1": 1 - hyper.beta1,
+        "beta2": hyper.beta2,
+        "one_minus_beta2": 1 - hyper.beta2,
+        "step_size": hyper.lr / (1 - hyper.beta1**step),
+        "sqrt_correction2": (1 - hyper.beta2**step) ** 0.5,
+        "eps": hyper.eps,
+        "STOCHASTIC": rounding == "stochastic" and slot.param.dtype == torch.bfloat16,
+        "BLOCK": BLOCK,
+    }
+
+
+def _triton_seed(seed: int, step: int, index: int) -> int:
+    """Always 63 bits and odd, so that Triton compiles one kernel for all seeds."""
+    return noise_key(seed, step, index) | (1 << 62) | 1
+
+
+def _triton_type(tensor: Tensor) -> Any:
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[tensor.dtype]
 
 
 def _update_in_chunks(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:

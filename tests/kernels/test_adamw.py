@@ -175,7 +175,7 @@ def check_triton_kernel(device: str) -> None:
             guarded = torch.full((numel + 64,), float("nan"), dtype=dtype, device=device)
             guarded[:numel] = p
             slot = kernel._Slot(guarded[:numel], g, m, v, torch.tensor(3.0), 0)
-            kernel._launch(slot, 3, kernel._Hyper(**HYPER), "stochastic", noise_key(0, 3, 0))
+            kernel._launch([slot], 3, kernel._Hyper(**HYPER), "stochastic", 0)
             torch.testing.assert_close(m, m32, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(v, v32, rtol=1e-6, atol=1e-6)
             assert guarded[numel:].isnan().all()
@@ -191,15 +191,47 @@ def check_triton_kernel(device: str) -> None:
     m, v = torch.zeros(2, numel, device=device)
     slot = kernel._Slot(p, -p, m, v, torch.tensor(1.0), 0)
     hyper = kernel._Hyper(lr=up * 2**-7, beta1=0.9, beta2=0.999, eps=0.0, weight_decay=0.0)
-    kernel._launch(slot, 1, hyper, "stochastic", noise_key(0, 1, 0))
+    kernel._launch([slot], 1, hyper, "stochastic", 0)
     assert abs((p > 1).double().mean().item() - up) < 5 * (up * (1 - up) / numel) ** 0.5
 
     p = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0], dtype=torch.bfloat16, device=device)
     g = torch.tensor([1.0, 1.0, 1.0, float("nan")], dtype=torch.bfloat16, device=device)
     m, v = torch.zeros(2, 4, device=device)
     slot = kernel._Slot(p, g, m, v, torch.tensor(1.0), 0)
-    kernel._launch(slot, 1, hyper, "stochastic", noise_key(0, 1, 0))
+    kernel._launch([slot], 1, hyper, "stochastic", 0)
     assert p[0] == float("inf") and p[1] == float("-inf") and p[2:].isnan().all()
+    check_many_at_once(device)
+
+
+def check_many_at_once(device: str) -> None:
+    """One launch for many parameters is bit by bit a launch for each; odd addresses and mixed gradients included."""
+    sizes = (7, 2048, 5008, 64, 576, 16, 4112)
+    memory = torch.full((2, 2, len(sizes), 8192), float("nan"), dtype=torch.bfloat16, device=device)
+    slots: list[list[kernel._Slot]] = [[], []]
+    for index, size in enumerate(sizes):
+        p, g, m, v = (tensor.to(device) for tensor in problem(size, torch.bfloat16, index))
+        start = 1 if index == 3 else 0  # not a multiple of 16 bytes
+        for way in range(2):
+            param, grad = memory[way, :, index, start : start + size]
+            param.copy_(p), grad.copy_(g)
+            grad = grad.float() if index == 4 else grad
+            slots[way].append(kernel._Slot(param, grad, m.clone(), v.clone(), torch.tensor(3.0), index))
+    hyper = kernel._Hyper(**HYPER)
+    launches: list[int] = []
+    launch_many = kernel._launch_many
+    kernel._launch_many = lambda group, *rest: (launches.append(len(group)), launch_many(group, *rest))
+    try:
+        kernel._launch(slots[0], 3, hyper, "stochastic", 5)
+    finally:
+        kernel._launch_many = launch_many
+    assert launches == [4]  # without 7 elements, the odd address, and the only float32 gradient
+    for slot in slots[1]:
+        kernel._launch([slot], 3, hyper, "stochastic", 5)
+    together, alone = memory.view(torch.int16)
+    assert torch.equal(together, alone)
+    for one, other in zip(*slots, strict=True):
+        assert torch.equal(one.exp_avg, other.exp_avg) and torch.equal(one.exp_avg_sq, other.exp_avg_sq)
+        assert not torch.equal(one.exp_avg, problem(one.param.numel(), torch.bfloat16, one.index)[2].to(device))
 
 
 def test_triton_kernel_in_the_interpreter() -> None:
@@ -216,27 +248,33 @@ def test_triton_kernel_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=str)
 @pytest.mark.parametrize("param", ["fp32", "bf16"])
-def test_triton_kernel_compiles(target: tuple[str, object, int], param: str) -> None:
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+def test_triton_kernel_compiles(target: tuple[str, object, int], param: str, many: bool) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     floats = ["decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "sqrt_correction2", "eps"]
-    signature = {
-        "param_ptr": f"*{param}",
-        "grad_ptr": f"*{param}",
-        "exp_avg_ptr": "*fp32",
-        "exp_avg_sq_ptr": "*fp32",
-        "numel": "i32",
-        "seed": "i64",
-        **dict.fromkeys(floats, "fp32"),
-        "STOCHASTIC": "constexpr",
-        "BLOCK": "constexpr",
-    }
-    aligned = {(place,): [["tt.divisibility", 16]] for place in range(5)}
-    source = ASTSource(
-        kernel._adamw_kernel, signature, constexprs={"STOCHASTIC": param == "bf16", "BLOCK": 512}, attrs=aligned
-    )
+    hyper = dict.fromkeys(floats, "fp32")
+    constexprs: dict[str, object] = {"STOCHASTIC": param == "bf16", "BLOCK": kernel.BLOCK}
+    if many:
+        function = kernel._many_adamw_kernel
+        dtype = triton.language.bfloat16 if param == "bf16" else triton.language.float32
+        constexprs |= {"PARAM": dtype, "GRAD": dtype}
+        signature = {"table_ptr": "*i64", "owner_ptr": "*i64", **hyper}
+        aligned = {}
+    else:
+        function = kernel._adamw_kernel
+        pointers = {
+            "param_ptr": f"*{param}",
+            "grad_ptr": f"*{param}",
+            "exp_avg_ptr": "*fp32",
+            "exp_avg_sq_ptr": "*fp32",
+        }
+        signature = {**pointers, "numel": "i32", "seed": "i64", **hyper}
+        aligned = {(place,): [["tt.divisibility", 16]] for place in range(5)}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    source = ASTSource(function, signature, constexprs=constexprs, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget(*target))
     if target[0] == "cuda":
         assert "ld.global.v" in compiled.asm["ptx"]  # wide loads

@@ -25,6 +25,7 @@ from fxopt.kernels.backend import (
     triton,
     triton_dtype,
 )
+from fxopt.kernels.elementary import sigmoid
 from fxopt.kernels.op import op
 
 BLOCK = 1024
@@ -59,7 +60,7 @@ def _clamped_swiglu_fwd_kernel(
     # Not tl.minimum and tl.maximum, which would make a limit of NaN.
     g = tl.where(gate > LIMIT, LIMIT, gate)
     u = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    y = (u + 1.0) * g / (1.0 + tl.exp(-ALPHA * g))
+    y = (u + 1.0) * g * sigmoid(ALPHA * g)
     tl.store(y_ptr + row * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -79,14 +80,14 @@ def _clamped_swiglu_bwd_kernel(
     up = tl.load(up_ptr + row * up_stride + cols * up_col_stride, mask=mask, other=0.0).to(DTYPE)
     g = tl.where(gate > LIMIT, LIMIT, gate)
     u = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    sigmoid = 1.0 / (1.0 + tl.exp(-ALPHA * g))
-    slope = sigmoid * (1.0 + ALPHA * g * (1.0 - sigmoid))
+    share = sigmoid(ALPHA * g)
+    slope = share * (1.0 + ALPHA * g * sigmoid(-ALPHA * g))
     if AT_BOUNDS:
         gate_passes, up_passes = gate <= LIMIT, (up >= -LIMIT) & (up <= LIMIT)
     else:
         gate_passes, up_passes = gate < LIMIT, (up > -LIMIT) & (up < LIMIT)
     dgate = tl.where(gate_passes, dy * (u + 1.0) * slope, 0.0)
-    dup = tl.where(up_passes, dy * g * sigmoid, 0.0)
+    dup = tl.where(up_passes, dy * g * share, 0.0)
     tl.store(dgate_ptr + row * D + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + row * D + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, as_rows, on_device, tl, triton, triton_dtype
+from fxopt.kernels.elementary import exp, sigmoid
 from fxopt.kernels.op import op
 
 BLOCK = 1024
@@ -36,24 +37,19 @@ def reglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
 def _value_and_slope(g, ACTIVATION: tl.constexpr):
-    """f(g) and f'(g). As _sigmoid(-z), 1 - sigmoid(z) keeps its digits where z is large."""
+    """f(g) and f'(g)."""
     if ACTIVATION == "silu":
-        sigmoid = _sigmoid(g)
-        value, slope = g * sigmoid, sigmoid * (1.0 + g * _sigmoid(-g))
+        share = sigmoid(g)
+        value, slope = g * share, share * (1.0 + g * sigmoid(-g))
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
-        value, slope = g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+        value, slope = g * cdf, cdf + g * 0.3989422804014327 * exp(-0.5 * g * g)
     elif ACTIVATION == "gelu_tanh":
         z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-        sigmoid = _sigmoid(z)
+        share = sigmoid(z)
         dz = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
-        value, slope = g * sigmoid, sigmoid + g * sigmoid * _sigmoid(-z) * dz
+        value, slope = g * share, share + g * share * sigmoid(-z) * dz
     else:
         value, slope = tl.where(g <= 0.0, 0.0, g), tl.where(g <= 0.0, 0.0, 1.0)  # tl.maximum would make NaN 0
     return value, slope

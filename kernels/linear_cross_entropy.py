@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, on_device, tl, triton, triton_dtype
+from fxopt.kernels.elementary import divide, exp, log, tanh
 from fxopt.kernels.op import op
 
 CHUNK_ROWS = 4096  # matrix products are at full speed long before; for small vocabularies
@@ -39,7 +40,7 @@ GPU_CHUNK_BYTES = 256 * 2**20  # each chunk reads and writes that sum: fewer chu
 ROW_MULTIPLE = 64
 _SOFTMAX_BYTES = 8 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
 _VOCABULARY_BLOCK = 4096  # rows of the weight's gradient that the CPU adds up at a time
-BLOCK = 4096  # columns that a Triton program holds at a time
+BLOCK = 2048  # columns that a Triton program holds at a time
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -92,18 +93,6 @@ def linear_cross_entropy_reference(
 
 
 @triton.jit
-def _tanh(y):
-    """Triton has no tanh that all its devices and its interpreter know."""
-    # Below 1 Lambert's continued fraction, as y minus a small part, with an error of 4e-17 y^19; beyond it the
-    # exponential, in which a small y would lose its digits.
-    y2 = y * y
-    part = y2 * (11486475.0 + y2 * (810810.0 + y2 * (12870.0 + y2 * 44.0)))
-    part /= 34459425.0 + y2 * (16216200.0 + y2 * (945945.0 + y2 * (13860.0 + y2 * 45.0)))
-    beyond = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(y)))
-    return tl.where(y2 < 1.0, y - y * part, tl.where(y < 0.0, -beyond, beyond))
-
-
-@triton.jit
 def _softmax_rows_kernel(
     logits_ptr, labels_ptr, scales_ptr, losses_ptr, V,
     HAS_SCALES: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr,
@@ -123,23 +112,23 @@ def _softmax_rows_kernel(
         cols = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(DTYPE)
         if SOFTCAP is not None:
-            z = tl.where(cols < V, _tanh(z * (LOGIT_SCALE / SOFTCAP)), float("-inf"))
+            z = tl.where(cols < V, tanh(z * (LOGIT_SCALE / SOFTCAP)), float("-inf"))
         if LABEL_SMOOTHING > 0.0:
             z_sums += tl.where(cols < V, z, 0.0)
         higher = tl.maximum(maxima, z)
         finite = tl.where(higher == float("-inf"), 0.0, higher)
-        sums = sums * tl.exp((maxima - finite) * FACTOR) + tl.exp((z - finite) * FACTOR)
+        sums = sums * exp((maxima - finite) * FACTOR) + exp((z - finite) * FACTOR)
         maxima = higher
     maximum = tl.max(maxima, axis=0)
-    total = tl.sum(sums * tl.exp((maxima - maximum) * FACTOR), axis=0)
+    total = tl.sum(sums * exp((maxima - maximum) * FACTOR), axis=0)
     label_z = tl.load(logits_ptr + label).to(DTYPE)
     if SOFTCAP is not None:
-        label_z = _tanh(label_z * (LOGIT_SCALE / SOFTCAP))
+        label_z = tanh(label_z * (LOGIT_SCALE / SOFTCAP))
     target_z = (label_z - maximum) * FACTOR
     if LABEL_SMOOTHING > 0.0:
         mean_z = (tl.sum(z_sums, axis=0) / V - maximum) * FACTOR
         target_z = (1.0 - LABEL_SMOOTHING) * target_z + LABEL_SMOOTHING * mean_z
-    log_total = tl.log(total)
+    log_total = log(total)
     loss = log_total - target_z
     if Z_LOSS > 0.0:
         logsumexp = log_total + maximum * FACTOR
@@ -152,8 +141,8 @@ def _softmax_rows_kernel(
             cols = start + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(DTYPE)
             if SOFTCAP is not None:
-                z = _tanh(z * (LOGIT_SCALE / SOFTCAP))
-            p = tl.exp((z - maximum) * FACTOR) / total
+                z = tanh(z * (LOGIT_SCALE / SOFTCAP))
+            p = divide(exp((z - maximum) * FACTOR), total)
             if Z_LOSS > 0.0:
                 p *= 1.0 + 2.0 * Z_LOSS * logsumexp
             if LABEL_SMOOTHING > 0.0:

@@ -35,6 +35,7 @@ class Op:
         self.definition = torch.library.custom_op(f"fxopt::{name}", kernel, mutates_args=(), **options)
         self.overload = getattr(torch.ops.fxopt, name).default
         self._name, self._kernel = name, kernel
+        self.fake: Callable[..., Any] | None = None
         self.kernels: dict[str, Callable[..., Any]] = {}  # for a type of device that has its own
         self._formula: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self._functions: dict[str, Any] = {}
@@ -54,6 +55,7 @@ class Op:
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: the function makes results of the right shapes and dtypes, from tensors that hold no data."""
+        self.fake = fake
         return self.definition.register_fake(fake)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-OPS = (
+FILES = (
+    "elementary",
     "rms_norm",
     "add_rms_norm",
     "layer_norm",
@@ -22,12 +23,12 @@ OPS = (
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's")
-@pytest.mark.parametrize("op", OPS)
-def test_triton_kernels_in_the_interpreter(op: str) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_triton_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, str(HERE / f"test_{op}.py")],
+        [*command, str(HERE / f"test_{name}.py")],
         cwd=HERE.parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

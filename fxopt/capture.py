@@ -12,7 +12,7 @@ import inspect
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -281,15 +281,18 @@ def _dynamo_config(has_boundaries: bool, **options: bool) -> Any:
         # Dynamo captures that only if told that the writing need not be repeated when backward computes again.
         options["skip_fwd_side_effects_in_bwd_under_checkpoint"] = True
     changes: dict[str, Any] = {n: v for n, v in options.items() if hasattr(torch._dynamo.config, n)}
-    if _IGNORES_LOGGING and hasattr(logging.Logger, "warning_once"):
+    if hasattr(logging.Logger, "warning_once"):
         # transformers' advice that it gives once, and that the original forward still gives. Any logging breaks a graph
         # in two; the advice about `loss_type` would come between the output head and its loss.
-        changes["ignore_logging_functions"] = {logging.Logger.warning_once}
+        changes["ignore_logging_functions"] = _Unlisted({logging.Logger.warning_once})
     return torch._dynamo.config.patch(changes)
 
 
-# Before, Dynamo complains in its log that it cannot write such a configuration down.
-_IGNORES_LOGGING = torch.__version__ >= "2.13"
+class _Unlisted(set[Any]):
+    """A set that has its members, and shows none: before 2.13 Dynamo fails to write functions down in its metrics."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 _TOO_MANY = (

@@ -106,7 +106,7 @@ def _many_adamw_kernel(
     decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A row of the table is one parameter (`_table`); each program works for the parameter that owns it.
+    # A row of the table is one parameter (`_launch_many`); each program works for the parameter that owns it.
     row = table_ptr + tl.load(owner_ptr + tl.program_id(0)) * 7
     param_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(PARAM)), 16)
     grad_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(GRAD)), 16)
@@ -267,17 +267,19 @@ class _Slot:
 
 def _launch(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
     """One launch for all parameters of a dtype that Triton may read 16 bytes at a time, and one for each other."""
+    alone: list[_Slot] = []
     together: dict[torch.dtype, list[_Slot]] = {}
     for slot in slots:
-        together.setdefault(slot.grad.dtype, []).append(slot)
-    for group in together.values():
-        aligned = [slot for slot in group if slot.is_aligned()]
-        single = [slot for slot in group if len(aligned) == 1 or not slot.is_aligned()]
-        with on_device(group[0].param):
-            if len(aligned) > 1:
-                _launch_many(aligned, step, hyper, rounding, seed)
-            for slot in single:
-                _launch_one(slot, step, hyper, rounding, seed)
+        group = together.setdefault(slot.grad.dtype, []) if slot.is_aligned() else alone
+        group.append(slot)
+    with on_device(slots[0].param):
+        for group in together.values():
+            if len(group) == 1:
+                alone += group
+            else:
+                _launch_many(group, step, hyper, rounding, seed)
+        for slot in alone:
+            _launch_one(slot, step, hyper, rounding, seed)
 
 
 def _launch_one(slot: _Slot, step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:

@@ -35,6 +35,19 @@ if INTERPRETED:
 
     interpreter._convert_float = convert_float_as_devices_do
 
+    call = interpreter.InterpretedFunction.__call__
+
+    def call_without_patching_again(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A function within a kernel patches Triton's language anew in each call, a quarter of the time: its launch has
+        done so."""
+        if self.fn.__globals__.get("tl") is not tl:
+            return call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_without_patching_again
+    # Nor do devices look for integers that overflow.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
     # Launch the Triton kernels for CPU tensors.
     for module in pkgutil.iter_modules(fxopt.kernels.__path__):
         importlib.import_module(f"fxopt.kernels.{module.name}")

@@ -15,8 +15,13 @@ from tests.accuracy import assert_op_as_accurate, outputs_and_gradients
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 REDUCTIONS = ["mean", "sum", "none"]
 ALL_OPTIONS = {"logit_scale": 1.5, "softcap": 2.0, "label_smoothing": 0.25, "z_loss": 0.125}
-each_option = pytest.mark.parametrize(
-    "options", [*({name: value} for name, value in ALL_OPTIONS.items()), ALL_OPTIONS], ids=[*ALL_OPTIONS, "all"]
+EACH_OPTION = [*({name: value} for name, value in ALL_OPTIONS.items()), ALL_OPTIONS]
+each_option = pytest.mark.parametrize("options", EACH_OPTION, ids=[*ALL_OPTIONS, "all"])
+# The kernel knows of no reduction, so one of them serves each option alone.
+each_option_and_reduction = pytest.mark.parametrize(
+    ("reduction", "options"),
+    [*(("mean", options) for options in EACH_OPTION), ("sum", ALL_OPTIONS), ("none", ALL_OPTIONS)],
+    ids=[*(f"mean-{name}" for name in [*ALL_OPTIONS, "all"]), "sum-all", "none-all"],
 )
 
 
@@ -58,8 +63,7 @@ def test_many_chunks(dtype: torch.dtype, reduction: str, ignored: float, device:
     assert_accurate(hidden, weight, labels, bias=bias, reduction=reduction)
 
 
-@each_option
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_option_and_reduction
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.usefixtures("small_chunks")
 def test_options(dtype: torch.dtype, reduction: str, options: dict[str, float], device: str) -> None:
@@ -68,8 +72,7 @@ def test_options(dtype: torch.dtype, reduction: str, options: dict[str, float], 
     assert_accurate(hidden, weight, labels, bias=bias, reduction=reduction, **options)
 
 
-@each_option
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_option_and_reduction
 def test_options_on_one_row(reduction: str, options: dict[str, float], device: str) -> None:
     hidden, weight, labels = inputs(1, 24, 97, dtype=torch.float32, device=device)
     values = {"bias": torch.randn(97, device=device).requires_grad_(), "reduction": reduction, **options}
@@ -113,8 +116,7 @@ def test_options_are_as_accurate_as_model_code(dtype: torch.dtype, device: str) 
     )
 
 
-@each_option
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_option_and_reduction
 def test_ignored_rows_contribute_nothing(reduction: str, options: dict[str, float], device: str) -> None:
     """Not even NaN; nor do the rows of zeros that stand in their place, which a bias lets have a loss."""
     hidden, weight, labels = inputs(30, 8, 20, dtype=torch.float32, device=device, ignored=0.4)

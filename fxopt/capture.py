@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -181,10 +180,10 @@ class OptimizedForward:
             return outputs
 
     def _graphs_for(self, kind: Hashable) -> Callable[..., Any]:
-        """What runs calls of one kind. Each kind has a code object of its own, since Dynamo's cache is small."""
+        """What runs calls of one kind. Each kind has a part of Dynamo's cache for itself, since that is small."""
         if kind not in self._compiled:
             backend = functools.partial(self._backend, self._numbers.setdefault(kind, len(self._numbers)))
-            self._compiled[kind] = torch.compile(_own_code(_captured_call), backend=backend)
+            self._compiled[kind] = torch.compile(_own_code(_captured_call), backend=backend, **_ISOLATED)
         return self._compiled[kind]
 
     def _backend(self, kind: int, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -285,6 +284,9 @@ def _dynamo_config(has_boundaries: bool, **options: bool) -> Any:
         # transformers' advice that it gives once, and that the original forward still gives. Any logging breaks a graph
         # in two; the advice about `loss_type` would come between the output head and its loss.
         changes["ignore_logging_functions"] = _Unlisted({logging.Logger.warning_once})
+    if not _ISOLATED:
+        limit = torch._dynamo.config.recompile_limit * max(_num_own_codes, 1)
+        changes["recompile_limit"] = min(limit, torch._dynamo.config.accumulated_recompile_limit)
     return torch._dynamo.config.patch(changes)
 
 
@@ -300,7 +302,13 @@ _TOO_MANY = (
     "torch._dynamo.config.recompile_limit"
 )
 
-_counter = itertools.count()
+# Where a graph breaks, Dynamo caches the pieces with code objects that all models of a class share. Where torch cannot
+# keep their entries apart (before 2.13), they share one limit too, which therefore grows with their number.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+
+_num_own_codes = 0
 
 
 def _own_code(function: Callable[..., Any]) -> FunctionType:
@@ -309,8 +317,10 @@ def _own_code(function: Callable[..., Any]) -> FunctionType:
     Dynamo's cache and its limit belong to the code object; what it remembers of changing numbers, to the name. A
     second model with another epsilon would otherwise be captured with its epsilon as an unknown.
     """
+    global _num_own_codes
     assert isinstance(function, FunctionType)
-    name = f"{function.__name__}_{next(_counter)}"
+    name = f"{function.__name__}_{_num_own_codes}"
+    _num_own_codes += 1
     code = function.__code__.replace(co_name=name, co_qualname=name)
     return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 

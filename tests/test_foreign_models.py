@@ -78,6 +78,28 @@ def test_graph_breaks_are_named_and_both_sides_are_optimized():
     assert report.hits["swiglu"] == 2 and len(report.graphs) == 2
 
 
+class WatchingTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Watching() for _ in range(2))
+
+    def forward(self, x, labels):
+        for layer in self.layers:
+            x, loss = layer(x, labels)
+        return x, loss
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_models_of_one_class_do_not_use_up_each_others_cache():
+    """Where a graph breaks, Dynamo's cache belongs to code that they share."""
+    models = [fxopt.optimize(WatchingTwice(), "fp32") for _ in range(4)]
+    for model in models:
+        for _ in range(2):
+            model(torch.randn(5, 8), torch.zeros(5, dtype=torch.int64))[1].backward()
+        report = fxopt.report(model)
+        assert report.hits["swiglu"] == 2 and not report.fallbacks  # both layers run the same graphs
+
+
 class Counting(nn.Module):
     """Has sizes that depend on data, and in `hard` uses one where Dynamo must know it."""
 
@@ -216,6 +238,7 @@ class CountsItsCalls(NanoGPT):
         return super().forward(idx, targets)
 
 
+@torch._dynamo.config.patch(accumulated_recompile_limit=8)
 def test_calls_that_dynamo_gives_up_on_are_reported():
     model = fxopt.optimize(CountsItsCalls(), "fp32", prove=False)
     plain = fxopt.restore(copy.deepcopy(model))

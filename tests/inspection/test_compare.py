@@ -12,6 +12,8 @@ from fxopt.inspection.diff import GraphDiff
 from fxopt.passes.pipelines import EXACT
 from tests.tiny_models import SIZES
 
+pytestmark = pytest.mark.xdist_group("inspection")
+
 
 @pytest.fixture(scope="module")
 def without_rope() -> GraphDiff:

@@ -16,6 +16,8 @@ from fxopt.inspection.numbers import change, in_bytes, in_flops
 from fxopt.inspection.render_html import inert
 from fxopt.inspection.render_json import load
 
+pytestmark = pytest.mark.xdist_group("inspection")
+
 
 def test_json_and_back(diff: GraphDiff, tmp_path):
     path = diff.save(tmp_path / "diff.json")

@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,7 @@ class OptimizedForward:
     def _graphs_for(self, kind: Hashable) -> Callable[..., Any]:
         """What runs calls of one kind. Each kind has a part of Dynamo's cache for itself, since that is small."""
         if kind not in self._compiled:
-            backend = functools.partial(self._backend, self._numbers.setdefault(kind, len(self._numbers)))
+            backend = functools.partial(_weakly(self._backend), self._numbers.setdefault(kind, len(self._numbers)))
             self._compiled[kind] = torch.compile(_own_code(_captured_call), backend=backend, **_ISOLATED)
         return self._compiled[kind]
 
@@ -193,7 +194,7 @@ class OptimizedForward:
         start = time.perf_counter()
         before = snapshot(module)
         passes = (self.settings.pipeline or EXACT).run(module, self._prover, self.observe)
-        wrap = defer_marked_outputs(module, on_touch=self._count_logits)
+        wrap = defer_marked_outputs(module, on_touch=_weakly(self._count_logits))
         elapsed_ms = 1e3 * (time.perf_counter() - start)
         if self.observe is not None:
             self.observe("defer_logits", module)
@@ -211,11 +212,16 @@ class OptimizedForward:
         return wrap(self._counted(_without_cheap_results(self.runner(module))))
 
     def _counted(self, graph: Callable[..., Any]) -> Callable[..., Any]:
+        count = _weakly(self._count_run)
+
         def run(*args: Any) -> Any:
-            self._graphs_run += 1
+            count()
             return graph(*args)
 
         return run
+
+    def _count_run(self) -> None:
+        self._graphs_run += 1
 
     def _count_logits(self) -> None:
         self.report.logits_computed += 1
@@ -226,6 +232,17 @@ class OptimizedForward:
 
     def __reduce__(self) -> Any:
         return OptimizedForward, (self.model, self.settings, self.replaced)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method that does not keep its object, and with it a model: what Dynamo is given it keeps for ever."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return call
 
 
 def _captured_call(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
@@ -322,7 +339,8 @@ def _own_code(function: Callable[..., Any]) -> FunctionType:
     name = f"{function.__name__}_{_num_own_codes}"
     _num_own_codes += 1
     code = function.__code__.replace(co_name=name, co_qualname=name)
-    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    # And its own globals, where Dynamo puts what it compiled.
+    return FunctionType(code, dict(function.__globals__), name, function.__defaults__, function.__closure__)
 
 
 def _explained(error: BaseException) -> str:

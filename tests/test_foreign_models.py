@@ -1,6 +1,8 @@
 """Models whose code is not transformers' train as before, and the report says what of them was not optimized."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -98,6 +100,17 @@ def test_models_of_one_class_do_not_use_up_each_others_cache():
             model(torch.randn(5, 8), torch.zeros(5, dtype=torch.int64))[1].backward()
         report = fxopt.report(model)
         assert report.hits["swiglu"] == 2 and not report.fallbacks  # both layers run the same graphs
+
+
+@pytest.mark.parametrize("kind", [NanoGPT, WatchingTwice])
+def test_a_model_that_nobody_holds_is_freed(kind):
+    model = fxopt.optimize(kind(), "fp32")
+    call = (tokens(), tokens()) if kind is NanoGPT else (torch.randn(5, 8), torch.zeros(5, dtype=torch.int64))
+    model(*call)[1].backward()
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    assert held() is None
 
 
 class Counting(nn.Module):

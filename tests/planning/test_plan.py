@@ -89,18 +89,17 @@ def test_adapters_are_planned_as_they_are():
     assert 0.95 * real <= row.peak <= 1.05 * real, row
 
 
-@shares_a_plan
 def test_a_model_without_numbers_and_one_of_int8():
-    shallow = config(num_hidden_layers=1)
-    expected = planned_shallow().rows
+    shallow = config(num_hidden_layers=1, tie_word_embeddings=True)
+    expected = fxopt.plan(shallow, ["bf16"], batch_size=1, sequence_length=16).rows
     with torch.device("meta"):
         empty = LlamaForCausalLM(shallow)
-    assert fxopt.plan(empty, ["bf16"], batch_size=2, sequence_length=64).rows == expected
+    assert fxopt.plan(empty, ["bf16"], batch_size=1, sequence_length=16).rows == expected
     assert empty.lm_head.weight.is_meta
     quantized = fxopt.annotate(LlamaForCausalLM(shallow), "int8")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert fxopt.plan(quantized, ["bf16"], batch_size=2, sequence_length=64).rows == expected
+        assert fxopt.plan(quantized, ["bf16"], batch_size=1, sequence_length=16).rows == expected
 
 
 def test_checkpointing_takes_less_of_long_rows_and_released_gradients_of_short_ones():
@@ -201,9 +200,8 @@ def test_the_advice_is_accuracy_first_then_what_fits():
     assert recommend(again, 10**9, 100, "normal")[0].checkpointing  # before a smaller policy
 
 
-@shares_a_plan
 def test_what_is_written(tmp_path):
-    found = planned_shallow()
+    found = fxopt.plan(config(num_hidden_layers=1), ["bf16", "int8"], batch_size=2, sequence_length=32)
     data = json.loads(found.save(tmp_path / "plan.json").read_text())
     assert data["schema"] == "fxopt.plan" and data["rows"][data["recommended"]]["policy"] == found.recommended.policy
     assert [sum(row[part] for part in PARTS) for row in data["rows"]] == [row["peak"] for row in data["rows"]]

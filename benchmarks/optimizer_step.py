@@ -61,27 +61,31 @@ VARIANTS: dict[str, tuple[str, Make]] = {
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     torch.set_num_threads(options.threads)
-    figures = measure(options.variants, options.scale, options.repeats, options.warmup)
+    device = torch.device(options.device)
+    figures = measure(options.variants, options.scale, options.repeats, options.warmup, device)
     if options.json:
         print(json.dumps(figures, indent=2))
     else:
-        Console().print(table(figures, options.threads))
+        where = f"{options.threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        Console().print(table(figures, where))
     return 0
 
 
-def measure(variants: list[str], scale: float, repeats: int, warmup: int) -> dict[str, Figures]:
+def measure(variants: list[str], scale: float, repeats: int, warmup: int, device: torch.device) -> dict[str, Figures]:
     """Seconds per step and bytes of state per parameter of each variant, taken in turns."""
     made = {}
     for variant in variants:
-        parameters = smollm2_parameters(scale)
+        parameters = smollm2_parameters(scale, device)
         for parameter in parameters:
-            parameter.grad = (1e-3 * torch.randn(parameter.shape)).bfloat16()
+            parameter.grad = 1e-3 * torch.randn_like(parameter)
         made[variant] = parameters, VARIANTS[variant][1](parameters)
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for number in range(warmup + repeats):
         for variant, (_, optimizer) in made.items():
             start = time.perf_counter()
             optimizer.step()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             if number >= warmup:
                 seconds[variant].append(time.perf_counter() - start)
     numels = {variant: sum(parameter.numel() for parameter in parameters) for variant, (parameters, _) in made.items()}
@@ -97,11 +101,11 @@ def measure(variants: list[str], scale: float, repeats: int, warmup: int) -> dic
     }
 
 
-def smollm2_parameters(scale: float) -> list[nn.Parameter]:
+def smollm2_parameters(scale: float, device: torch.device) -> list[nn.Parameter]:
     """bfloat16 parameters of SmolLM2-135M's shapes; `scale` is the share of its layers and of its vocabulary."""
     layer = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]
     shapes = [(64 * round(768 * scale), 576), *layer * round(30 * scale), (576,)]
-    return [nn.Parameter(0.05 * torch.randn(shape).bfloat16()) for shape in shapes]
+    return [nn.Parameter(0.05 * torch.randn(shape, dtype=torch.bfloat16, device=device)) for shape in shapes]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -116,18 +120,18 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def table(figures: dict[str, Figures], threads: int) -> Table:
+def table(figures: dict[str, Figures], where: str) -> Table:
     count = next(iter(figures.values()))["parameters"]
-    shown = Table(title=f"One optimizer step over {count / 1e6:.1f}M bfloat16 parameters, {threads} threads")
+    shown = Table(title=f"One optimizer step over {count / 1e6:.1f}M bfloat16 parameters, {where}")
     for heading in ("", "ms", "ratio", "fastest, ms", "state, bytes per parameter"):
         shown.add_column(heading, justify="right" if heading else "left")
     yardstick = figures.get("torch", next(iter(figures.values())))["seconds"]
     for column in figures.values():
         shown.add_row(
             column["name"],
-            f"{column['seconds'] * 1e3:.0f}",
+            f"{column['seconds'] * 1e3:.3g}",
             f"{column['seconds'] / yardstick:.2f}",
-            f"{column['fastest_seconds'] * 1e3:.0f}",
+            f"{column['fastest_seconds'] * 1e3:.3g}",
             f"{column['state_bytes_per_parameter']:.2f}",
         )
     shown.caption = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
@@ -144,6 +148,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         default=",".join(VARIANTS),
         help=f"comma-separated, of {', '.join(VARIANTS)}",
     )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scale", type=float, default=1.0, help="share of SmolLM2-135M's layers and vocabulary")
     parser.add_argument("--repeats", type=int, default=5)

@@ -18,19 +18,17 @@ Bytes moved: 22 per bfloat16 element (param 4, grad 2, states 16; a compensation
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxopt.kernels.backend import TRITON_DEVICES, on_device, tl, triton
+from fxopt.kernels import adamw_triton
+from fxopt.kernels.backend import TRITON_DEVICES
 from fxopt.kernels.rounding import NOISE_NUMEL, Rounding, add_noise_, cut_, noise_key, step_noise
 
 # One chunk of a parameter is updated while it lies in the cache. Smaller chunks pay for launches: a bare loop over
 # 134.5 M parameters took 104 ms with 128 Ki elements and 81 ms with 512 Ki, on two cores.
 CHUNK_NUMEL = 1 << 19
-
-BLOCK = 512  # a program of the Triton kernels updates four times as many elements
 
 
 def adamw_reference(
@@ -56,67 +54,6 @@ def adamw_reference(
     v = beta2 * exp_avg_sq + (1 - beta2) * g * g
     p = p - lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
     return p, m, v
-
-
-@triton.jit
-def _update_block(
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed, block,
-    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Updates 4 * BLOCK elements of one parameter: one call of the random generator gives four numbers."""
-    lane = tl.arange(0, BLOCK)
-    random = tl.randint4x(seed, block * BLOCK + lane)
-    for part in tl.static_range(4):
-        offsets = (block * 4 + part) * BLOCK + lane
-        mask = offsets < numel
-        p = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
-        v = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
-
-        m = beta1 * m + one_minus_beta1 * g
-        v = beta2 * v + one_minus_beta2 * g * g
-        p = p * decay - step_size * m / (tl.sqrt(v) / sqrt_correction2 + eps)
-
-        if STOCHASTIC:
-            bits = p.to(tl.uint32, bitcast=True) + (random[part].to(tl.uint32, bitcast=True) & 0xFFFF)
-            cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-            p = tl.where(p == p, cut, p)  # a NaN with all its bits set would carry into the sign; inf has none to cut
-        tl.store(exp_avg_ptr + offsets, m, mask=mask)
-        tl.store(exp_avg_sq_ptr + offsets, v, mask=mask)
-        tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _adamw_kernel(
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed,
-    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    _update_block(
-        param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed, tl.program_id(0).to(tl.int64),
-        decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps, STOCHASTIC, BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
-def _many_adamw_kernel(
-    table_ptr, owner_ptr,
-    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # A row of the table is one parameter (`_launch_many`); each program works for the parameter that owns it.
-    row = table_ptr + tl.load(owner_ptr + tl.program_id(0)) * 7
-    param_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(PARAM)), 16)
-    grad_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(GRAD)), 16)
-    exp_avg_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
-    exp_avg_sq_ptr = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
-    numel, seed, first_program = tl.multiple_of(tl.load(row + 4), 16), tl.load(row + 5), tl.load(row + 6)
-    _update_block(
-        param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, seed, tl.program_id(0).to(tl.int64) - first_program,
-        decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps, STOCHASTIC, BLOCK,
-    )  # fmt: skip
 
 
 def adamw_(
@@ -178,8 +115,8 @@ def foreach_adamw_(
     compensations: Sequence[Tensor | None] | None = None,
 ) -> None:
     """`adamw_` for many parameters: small ones share a pass. Equal, bit by bit, to `adamw_` one by one."""
-    hyper = _Hyper(lr, beta1, beta2, eps, weight_decay)
-    slots: dict[tuple[torch.device, torch.dtype, int], list[_Slot]] = {}
+    hyper = Hyper(lr, beta1, beta2, eps, weight_decay)
+    slots: dict[tuple[torch.device, torch.dtype, int], list[Slot]] = {}
     copies: list[tuple[Tensor, Tensor]] = []
     compensations = compensations or [None] * len(params)
     for param, grad, m, v, step, index, compensation in zip(
@@ -195,11 +132,11 @@ def foreach_adamw_(
         if dense is not param:
             copies.append((param, dense))
         cut_off = compensation.view(-1) if compensation is not None else None
-        slot = _Slot(dense.view(-1), grad.reshape(-1), m.view(-1), v.view(-1), step, index, cut_off)
+        slot = Slot(dense.view(-1), grad.reshape(-1), m.view(-1), v.view(-1), step, index, cut_off)
         slots.setdefault((param.device, param.dtype, int(step)), []).append(slot)
     for (device, dtype, step_count), group in slots.items():
         if device.type in TRITON_DEVICES and rounding != "kahan":
-            _launch(group, step_count, hyper, rounding, seed)
+            adamw_triton.launch(group, step_count, hyper, rounding, seed)
         elif dtype == torch.float32:
             _update([replace(slot, grad=slot.grad.float()) for slot in group], step_count, hyper)
         else:
@@ -220,7 +157,7 @@ def workspace_bytes(numel: int, *, stochastic: bool, num_states: int = 0) -> int
 
 
 @dataclass(frozen=True)
-class _Hyper:
+class Hyper:
     lr: float
     beta1: float
     beta2: float
@@ -229,7 +166,7 @@ class _Hyper:
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """One parameter, or a chunk of one, and what belongs to it; the tensors are flat."""
 
     param: Tensor
@@ -241,19 +178,14 @@ class _Slot:
     compensation: Tensor | None = None
     chunk: int = 0
 
-    def is_aligned(self) -> bool:
-        """Whether Triton may read it 16 bytes at a time: by where its tensors begin, and by their length."""
-        tensors = self.param, self.grad, self.exp_avg, self.exp_avg_sq
-        return self.param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-
-    def chunks(self) -> Iterator["_Slot"]:
+    def chunks(self) -> Iterator["Slot"]:
         numel = self.param.numel()
         if numel <= CHUNK_NUMEL:
             yield self
             return
         for chunk, start in enumerate(range(0, numel, CHUNK_NUMEL)):
             part = slice(start, min(start + CHUNK_NUMEL, numel))
-            yield _Slot(
+            yield Slot(
                 self.param[part],
                 self.grad[part],
                 self.exp_avg[part],
@@ -265,87 +197,7 @@ class _Slot:
             )
 
 
-def _launch(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
-    """One launch for all parameters of a dtype that Triton may read 16 bytes at a time, and one for each other."""
-    alone: list[_Slot] = []
-    together: dict[torch.dtype, list[_Slot]] = {}
-    for slot in slots:
-        group = together.setdefault(slot.grad.dtype, []) if slot.is_aligned() else alone
-        group.append(slot)
-    with on_device(slots[0].param):
-        for group in together.values():
-            if len(group) == 1:
-                alone += group
-            else:
-                _launch_many(group, step, hyper, rounding, seed)
-        for slot in alone:
-            _launch_one(slot, step, hyper, rounding, seed)
-
-
-def _launch_one(slot: _Slot, step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
-    numel = slot.param.numel()
-    _adamw_kernel[(triton.cdiv(numel, 4 * BLOCK),)](
-        slot.param, slot.grad, slot.exp_avg, slot.exp_avg_sq, numel, _triton_seed(seed, step, slot.index),
-        **_launch_options(slot, step, hyper, rounding),
-    )  # fmt: skip
-
-
-def _launch_many(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
-    device = slots[0].param.device
-    numels = tuple(slot.param.numel() for slot in slots)
-    owner, first_programs = _programs(numels, device)
-    rows = [
-        (
-            *(tensor.data_ptr() for tensor in (slot.param, slot.grad, slot.exp_avg, slot.exp_avg_sq)),
-            numel,
-            _triton_seed(seed, step, slot.index),
-            first_program,
-        )
-        for slot, numel, first_program in zip(slots, numels, first_programs, strict=True)
-    ]
-    table = torch.tensor(rows)
-    if device.type != "cpu":
-        table = table.pin_memory().to(device, non_blocking=True)  # otherwise the copy would wait for all work before
-    _many_adamw_kernel[(owner.numel(),)](
-        table, owner,
-        PARAM=_triton_type(slots[0].param), GRAD=_triton_type(slots[0].grad),
-        **_launch_options(slots[0], step, hyper, rounding),
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=8)
-def _programs(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
-    """Which parameter each program works for, (programs,) int64, and the first program of each parameter."""
-    counts = torch.tensor([triton.cdiv(numel, 4 * BLOCK) for numel in numels])
-    first = counts.cumsum(0) - counts
-    return torch.repeat_interleave(torch.arange(len(numels)), counts).to(device), first.tolist()
-
-
-def _launch_options(slot: _Slot, step: int, hyper: _Hyper, rounding: Rounding) -> dict[str, Any]:
-    return {
-        "decay": 1 - hyper.lr * hyper.weight_decay,
-        "beta1": hyper.beta1,
-        "one_minus_beta1": 1 - hyper.beta1,
-        "beta2": hyper.beta2,
-        "one_minus_beta2": 1 - hyper.beta2,
-        "step_size": hyper.lr / (1 - hyper.beta1**step),
-        "sqrt_correction2": (1 - hyper.beta2**step) ** 0.5,
-        "eps": hyper.eps,
-        "STOCHASTIC": rounding == "stochastic" and slot.param.dtype == torch.bfloat16,
-        "BLOCK": BLOCK,
-    }
-
-
-def _triton_seed(seed: int, step: int, index: int) -> int:
-    """Always 63 bits and odd, so that Triton compiles one kernel for all seeds."""
-    return noise_key(seed, step, index) | (1 << 62) | 1
-
-
-def _triton_type(tensor: Tensor) -> Any:
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[tensor.dtype]
-
-
-def _update_in_chunks(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Rounding, seed: int) -> None:
+def _update_in_chunks(slots: list[Slot], step: int, hyper: Hyper, rounding: Rounding, seed: int) -> None:
     """The update of two-byte parameters: chunk by chunk through float32 scratch that stays in the cache."""
     batches = list(_batches(slots))
     numel = max(sum(slot.param.numel() for slot in batch) for batch in batches)
@@ -373,9 +225,9 @@ def _update_in_chunks(slots: list[_Slot], step: int, hyper: _Hyper, rounding: Ro
             torch._foreach_copy_(cut_off, values)
 
 
-def _batches(slots: list[_Slot]) -> Iterator[list[_Slot]]:
+def _batches(slots: list[Slot]) -> Iterator[list[Slot]]:
     """The chunks of all parameters in order, small ones together, at most CHUNK_NUMEL elements a batch."""
-    batch: list[_Slot] = []
+    batch: list[Slot] = []
     numel = 0
     for slot in slots:
         for chunk in slot.chunks():
@@ -392,7 +244,7 @@ def _pieces(scratch: Tensor, sizes: list[int]) -> list[Tensor]:
     return list(torch.split(scratch[: sum(sizes)], sizes))
 
 
-def _update(slots: Sequence[_Slot], step: int, hyper: _Hyper) -> None:
+def _update(slots: Sequence[Slot], step: int, hyper: Hyper) -> None:
     """The float32 update in place, without rounding: one vectorized pass where PyTorch has it."""
     if slots[0].param.device.type == "cpu" and _fused_is_right():
         _update_fused(slots, hyper)
@@ -400,7 +252,7 @@ def _update(slots: Sequence[_Slot], step: int, hyper: _Hyper) -> None:
         _update_plain(slots, step, hyper)
 
 
-def _update_fused(slots: Sequence[_Slot], hyper: _Hyper) -> None:
+def _update_fused(slots: Sequence[Slot], hyper: Hyper) -> None:
     torch._fused_adamw_(
         [slot.param for slot in slots],
         [slot.grad for slot in slots],
@@ -418,7 +270,7 @@ def _update_fused(slots: Sequence[_Slot], hyper: _Hyper) -> None:
     )
 
 
-def _update_plain(slots: Sequence[_Slot], step: int, hyper: _Hyper) -> None:
+def _update_plain(slots: Sequence[Slot], step: int, hyper: Hyper) -> None:
     step_size = hyper.lr / (1 - hyper.beta1**step)
     correction2 = (1 - hyper.beta2**step) ** 0.5
     for slot in slots:
@@ -433,9 +285,9 @@ def _fused_is_right() -> bool:
     """Whether `torch._fused_adamw_`, which is private, exists here and computes what we think it does."""
     p, g, m = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.2, -4.0], [0.1, 0.2, -0.3]])
     v = m * m
-    hyper = _Hyper(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.2)
+    hyper = Hyper(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.2)
     expected = adamw_reference(p, g, m, v, **vars(hyper), step=3)
-    slot = _Slot(p.clone(), g.clone(), m.clone(), v.clone(), torch.tensor(3.0), 0)
+    slot = Slot(p.clone(), g.clone(), m.clone(), v.clone(), torch.tensor(3.0), 0)
     try:
         _update_fused([slot], hyper)
     except (AttributeError, TypeError, RuntimeError):

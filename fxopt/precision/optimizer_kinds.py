@@ -11,7 +11,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fxopt.kernels import adamw_8bit
 from fxopt.kernels.adamw import foreach_adamw_
+from fxopt.kernels.rounding import Rounding
 from fxopt.precision import optimizer_states
 from fxopt.precision.parameter_storage import is_int8, local, storage_of
 
@@ -72,23 +74,32 @@ class AdamWRule:
 
     def update(self, items: Sequence[Item], group: Group) -> None:
         plain: list[Item] = []
+        in_8_bits: list[Item] = []
         for item in items:
-            if is_int8(item.parameter) or optimizer_states.is_quantized(local(item.state["exp_avg"])):
+            moment = local(item.state["exp_avg"])
+            if _has_8bit_kernel(item, moment, group["rounding"]):
+                in_8_bits.append(item)
+            elif is_int8(item.parameter) or optimizer_states.is_quantized(moment):
                 self._update_in_chunks(item, group)
             else:
                 plain.append(item)
         compensations = [item.state.get("compensation") for item in plain]
         foreach_adamw_(
-            [local(item.parameter) for item in plain],
-            [item.gradient for item in plain],
-            [local(item.state["exp_avg"]) for item in plain],
-            [local(item.state["exp_avg_sq"]) for item in plain],
-            [item.state["step"] for item in plain],
+            **_tensors(plain),
+            exp_avgs=[local(item.state["exp_avg"]) for item in plain],
+            exp_avg_sqs=[local(item.state["exp_avg_sq"]) for item in plain],
             **_adamw_options(group),
             rounding=group["rounding"],
             seed=group["seed"],
-            indices=[item.index for item in plain],
             compensations=[local(cut_off) if cut_off is not None else None for cut_off in compensations],
+        )
+        adamw_8bit.foreach_adamw_8bit_(
+            **_tensors(in_8_bits),
+            exp_avgs=[optimizer_states.for_kernel(local(item.state["exp_avg"])) for item in in_8_bits],
+            exp_avg_sqs=[optimizer_states.for_kernel(local(item.state["exp_avg_sq"])) for item in in_8_bits],
+            **_adamw_options(group),
+            rounding=group["rounding"],
+            seed=group["seed"],
         )
 
     def _update_in_chunks(self, item: Item, group: Group) -> None:
@@ -170,6 +181,21 @@ class TorchRule:
         if float(group["lr"]):
             storage.write(0, values)
         storage.finish()
+
+
+def _has_8bit_kernel(item: Item, moment: Tensor, rounding: Rounding) -> bool:
+    if is_int8(item.parameter) or optimizer_states.form_of(moment) != "8bit":
+        return False
+    return adamw_8bit.has_kernel(local(item.parameter), item.gradient, rounding)
+
+
+def _tensors(items: Sequence[Item]) -> dict[str, Any]:
+    return {
+        "params": [local(item.parameter) for item in items],
+        "grads": [item.gradient for item in items],
+        "steps": [item.state["step"] for item in items],
+        "indices": [item.index for item in items],
+    }
 
 
 def _adamw_options(group: Group) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fxopt.kernels.adamw_8bit import QuantizedMoment
 from fxopt.precision.policy import OptimizerState
 
 # What torchao and bitsandbytes quantize: a small tensor wins nothing.
@@ -122,6 +123,21 @@ def write(state: Any, start: int, values: Tensor) -> None:
         state.codes.view(-1)[start:stop] = codes
     else:
         state.codes[start // 2 : stop // 2] = (codes[::2] << 4) | codes[1::2]
+
+
+def for_kernel(state: Any) -> QuantizedMoment:
+    """An 8-bit state as AdamW's kernel for a GPU takes it; it shares its memory."""
+    return QuantizedMoment(state.codes, state.scale, *_kernel_tables(state.signed, state.codes.device))
+
+
+@functools.cache
+def _kernel_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`values` and `buckets` of `QuantizedMoment`."""
+    values = quantized_zeros(torch.empty(_BLOCK["8bit"], device=device), "8bit", signed=signed).qmap  # type: ignore[attr-defined]
+    lower, bound = _codebook("8bit", signed, device)
+    has_bound = bound.isfinite()
+    low_bits = torch.where(has_bound, bound.view(torch.int32) & 0xFFFF, 0)
+    return values, lower.int() << 17 | has_bound.int() << 16 | low_bits
 
 
 def _codes(scaled: Tensor, form: OptimizerState, signed: bool) -> Tensor:

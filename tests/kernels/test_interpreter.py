@@ -19,6 +19,7 @@ FILES = (
     "relu_squared",
     "rope",
     "linear_cross_entropy",
+    "adamw_triton",
 )
 
 
@@ -28,7 +29,7 @@ def test_triton_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     # What tracers see of an op is the same whatever kernel it has.
-    command += ["-k", "not registration and not traced"]
+    command += ["-k", "not registration and not traced and not compiles"]
     done = subprocess.run(
         [*command, str(HERE / f"test_{name}.py")],
         cwd=HERE.parents[1],

@@ -28,7 +28,7 @@ from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from fxopt.precision.boundaries import has_boundaries
-from fxopt.rematerialize import rematerializing
+from fxopt.rematerialize import rematerialize
 from fxopt.rewrite.graph import graph_modules
 from fxopt.rewrite.pipeline import Observer, PassRecord, Pipeline
 from fxopt.rewrite.prove import Prover
@@ -209,7 +209,8 @@ class OptimizedForward:
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
         _checkpoint_eagerly(module)
-        return wrap(self._counted(_without_cheap_results(self.runner(module))))
+        rematerialize(module)
+        return wrap(self._counted(self.runner(module)))
 
     def _counted(self, graph: Callable[..., Any]) -> Callable[..., Any]:
         count = _weakly(self._count_run)
@@ -277,16 +278,6 @@ def _checkpoint(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
     if "_checkpoint_context_fn" in body.meta:  # what a selective checkpoint saves
         options["context_fn"] = body.meta["_checkpoint_context_fn"]
     return checkpoint(body, *args, **{**options, "use_reentrant": False})
-
-
-def _without_cheap_results(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, saving less for the backward pass."""
-
-    def run(*args: Any) -> Any:
-        with rematerializing():
-            return forward(*args)
-
-    return run
 
 
 def _dynamo_config(has_boundaries: bool, **options: bool) -> Any:

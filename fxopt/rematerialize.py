@@ -8,11 +8,64 @@ saves the result, a linear layer or an adapter beside it, then holds the node in
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from fxopt.rewrite.graph import graph_modules
+
+# What hands on all of its first argument, in the same order.
+_SAME_ELEMENTS = ("view", "reshape", "flatten", "unflatten", "contiguous", "squeeze", "unsqueeze")
+
+
+def rematerialize(module: fx.GraphModule) -> None:
+    """Let each call that is given a cheap result run within `rematerializing`; in place.
+
+    Those calls alone: a hook takes Python's time for every tensor that is saved, of which most are none's cheap result.
+    """
+    for inner in graph_modules(module):
+        for node in list(inner.graph.nodes):
+            for result in _cheap_results(node):
+                for user in _users(result):
+                    function = user.target if user.op == "call_function" else getattr(Tensor, str(user.target))
+                    user.op, user.target = "call_function", _rematerializing(function)
+        inner.recompile()
+
+
+def _cheap_results(node: fx.Node) -> Iterator[fx.Node]:
+    index = getattr(node.target, "cheap_result", None)
+    parts = [user for user in node.users if user.target is operator.getitem]
+    if index is not None:
+        yield from (part for part in parts if part.args[1] == index) if parts else (node,)
+
+
+def _users(result: fx.Node) -> Iterator[fx.Node]:
+    """The calls that may save `result` or a view of it."""
+    for user in list(result.users):
+        if user.op == "call_method" and user.target in _SAME_ELEMENTS:
+            yield from _users(user)
+        elif user.op in ("call_method", "call_function"):
+            yield user
+
+
+@functools.cache
+def _rematerializing(function: Any) -> Callable[..., Any]:
+    """`function`, called within `rematerializing`."""
+    if hasattr(function, "rematerializes"):
+        return cast(Callable[..., Any], function)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with rematerializing():
+            return function(*args, **kwargs)
+
+    call.__name__ = f"rematerializing_{function.__name__}"
+    call.rematerializes = True  # type: ignore[attr-defined]
+    return call
 
 
 def rematerializing() -> AbstractContextManager[None]:

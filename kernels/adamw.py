@@ -126,23 +126,33 @@ def foreach_adamw_(
             raise TypeError(f"adamw_ updates bfloat16 and float32 parameters, got {param.dtype}")
         if m.dtype != torch.float32 or v.dtype != torch.float32:
             raise TypeError(f"adamw_ keeps its states in float32, got {m.dtype} and {v.dtype}")
+        if not (m.is_contiguous() and v.is_contiguous()):
+            raise ValueError(f"adamw_ keeps its states contiguous, got strides {m.stride()} and {v.stride()}")
         if param.numel() == 0:
             continue
         dense = param.contiguous()
         if dense is not param:
             copies.append((param, dense))
-        cut_off = compensation.view(-1) if compensation is not None else None
-        slot = Slot(dense.view(-1), grad.reshape(-1), m.view(-1), v.view(-1), step, index, cut_off)
+        if has_kernel(param.device, rounding):
+            slot = Slot(dense, grad.contiguous(), m, v, step, index)
+        else:
+            cut_off = compensation.view(-1) if compensation is not None else None
+            slot = Slot(dense.view(-1), grad.reshape(-1), m.view(-1), v.view(-1), step, index, cut_off)
         slots.setdefault((param.device, param.dtype, int(step)), []).append(slot)
     for (device, dtype, step_count), group in slots.items():
-        if device.type in TRITON_DEVICES and rounding != "kahan":
-            adamw_triton.launch(group, step_count, hyper, rounding, seed)
+        if has_kernel(device, rounding):
+            adamw_triton.launch_adamw(group, step_count, hyper, rounding, seed)
         elif dtype == torch.float32:
             _update([replace(slot, grad=slot.grad.float()) for slot in group], step_count, hyper)
         else:
             _update_in_chunks(group, step_count, hyper, rounding, seed)
     for param, dense in copies:
         param.copy_(dense)
+
+
+def has_kernel(device: torch.device, rounding: Rounding) -> bool:
+    """Whether this device updates by a Triton kernel."""
+    return device.type in TRITON_DEVICES and rounding != "kahan"
 
 
 def workspace_bytes(numel: int, *, stochastic: bool, num_states: int = 0) -> int:
@@ -165,9 +175,9 @@ class Hyper:
     weight_decay: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Slot:
-    """One parameter, or a chunk of one, and what belongs to it; the tensors are flat."""
+    """One parameter, or a chunk of one, and what belongs to it; the tensors are contiguous, and flat on a CPU."""
 
     param: Tensor
     grad: Tensor

@@ -19,16 +19,19 @@ from torch import Tensor
 
 from fxopt.kernels.adamw import Hyper
 from fxopt.kernels.adamw_triton import (
+    addresses_of,
     are_aligned,
-    launch_options,
+    coefficients,
+    is_stochastic,
     programs,
     table_on,
     triton_seed,
     triton_type,
     update,
 )
-from fxopt.kernels.backend import TRITON_DEVICES, on_device, tl, triton
+from fxopt.kernels.backend import TRITON_DEVICES, tl, triton
 from fxopt.kernels.elementary import divide
+from fxopt.kernels.launch import launch
 from fxopt.kernels.rounding import Rounding
 
 NUMEL = 256  # elements that share a scale
@@ -114,7 +117,7 @@ def has_kernel(param: Tensor, grad: Tensor, rounding: Rounding) -> bool:
         and rounding != "kahan"
         and param.is_contiguous()
         and grad.is_contiguous()
-        and are_aligned(param, grad)
+        and are_aligned(param.numel(), addresses_of(param, grad))
     )
 
 
@@ -149,17 +152,17 @@ def foreach_adamw_8bit_(
         rows = []
         for place, first_program in zip(places, first_programs, strict=True):
             m, v = exp_avgs[place], exp_avg_sqs[place]
-            pointers = (params[place], grads[place], m.codes, v.codes, m.scale, v.scale)
             rows.append((
-                *(tensor.data_ptr() for tensor in pointers),
+                *addresses_of(params[place], grads[place], m.codes, v.codes, m.scale, v.scale),
                 m.scale.numel(),
                 triton_seed(seed, step_count, indices[place]),
                 first_program,
             ))  # fmt: skip
         m, v = exp_avgs[places[0]], exp_avg_sqs[places[0]]
-        with on_device(param):
-            _adamw_8bit_kernel[(owner.numel(),)](
-                table_on(param.device, rows), owner, m.values, v.values, m.buckets, v.buckets,
-                PARAM=triton_type(param), GRAD=triton_type(grad), NUMEL=NUMEL, ROWS=ROWS,
-                **launch_options(param, step_count, hyper, rounding),
-            )  # fmt: skip
+        launch(
+            _adamw_8bit_kernel, (owner.numel(),),
+            table_on(param.device, rows), owner, m.values, v.values, m.buckets, v.buckets,
+            *coefficients(step_count, hyper),
+            PARAM=triton_type(param), GRAD=triton_type(grad), STOCHASTIC=is_stochastic(param, rounding),
+            NUMEL=NUMEL, ROWS=ROWS,
+        )  # fmt: skip

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.backend import on_device, tl, triton
+from fxopt.kernels.backend import cdiv, tl, triton
+from fxopt.kernels.launch import launch
 from fxopt.kernels.rounding import Rounding, noise_key
 
 if TYPE_CHECKING:
@@ -93,59 +94,68 @@ def _many_adamw_kernel(
     )  # fmt: skip
 
 
-def launch(slots: list["Slot"], step: int, hyper: "Hyper", rounding: Rounding, seed: int) -> None:
+def launch_adamw(slots: list["Slot"], step: int, hyper: "Hyper", rounding: Rounding, seed: int) -> None:
     """One launch for all parameters of a dtype that Triton may read 16 bytes at a time, and one for each other."""
     alone: list[Slot] = []
-    together: dict[torch.dtype, list[Slot]] = {}
+    together: dict[torch.dtype, list[tuple[Slot, tuple[int, ...]]]] = {}
     for slot in slots:
-        aligned = are_aligned(slot.param, slot.grad, slot.exp_avg, slot.exp_avg_sq)
-        group = together.setdefault(slot.grad.dtype, []) if aligned else alone
-        group.append(slot)
-    with on_device(slots[0].param):
-        for group in together.values():
-            if len(group) == 1:
-                alone += group
-            else:
-                _launch_many(group, step, hyper, rounding, seed)
-        for slot in alone:
-            _launch_one(slot, step, hyper, rounding, seed)
+        addresses = addresses_of(slot.param, slot.grad, slot.exp_avg, slot.exp_avg_sq)
+        if are_aligned(slot.param.numel(), addresses):
+            together.setdefault(slot.grad.dtype, []).append((slot, addresses))
+        else:
+            alone.append(slot)
+    for group in together.values():
+        if len(group) == 1:
+            alone.append(group[0][0])
+        else:
+            _launch_many(group, step, hyper, rounding, seed)
+    for slot in alone:
+        _launch_one(slot, step, hyper, rounding, seed)
 
 
 def _launch_one(slot: "Slot", step: int, hyper: "Hyper", rounding: Rounding, seed: int) -> None:
     numel = slot.param.numel()
-    _adamw_kernel[(triton.cdiv(numel, 4 * BLOCK),)](
+    launch(
+        _adamw_kernel, (cdiv(numel, 4 * BLOCK),),
         slot.param, slot.grad, slot.exp_avg, slot.exp_avg_sq, numel, triton_seed(seed, step, slot.index),
-        BLOCK=BLOCK, **launch_options(slot.param, step, hyper, rounding),
+        *coefficients(step, hyper), STOCHASTIC=is_stochastic(slot.param, rounding), BLOCK=BLOCK,
     )  # fmt: skip
 
 
-def _launch_many(slots: list["Slot"], step: int, hyper: "Hyper", rounding: Rounding, seed: int) -> None:
-    owner, first_programs = programs(tuple(slot.param.numel() for slot in slots), 4 * BLOCK, slots[0].param.device)
+def _launch_many(
+    slots: list[tuple["Slot", tuple[int, ...]]], step: int, hyper: "Hyper", rounding: Rounding, seed: int
+) -> None:
+    """`slots` with the addresses of their tensors."""
+    first = slots[0][0]
+    owner, first_programs = programs(tuple(slot.param.numel() for slot, _ in slots), 4 * BLOCK, first.param.device)
     rows = [
-        (
-            *(tensor.data_ptr() for tensor in (slot.param, slot.grad, slot.exp_avg, slot.exp_avg_sq)),
-            slot.param.numel(),
-            triton_seed(seed, step, slot.index),
-            first_program,
-        )
-        for slot, first_program in zip(slots, first_programs, strict=True)
+        (*addresses, slot.param.numel(), triton_seed(seed, step, slot.index), first_program)
+        for (slot, addresses), first_program in zip(slots, first_programs, strict=True)
     ]
-    _many_adamw_kernel[(owner.numel(),)](
-        table_on(slots[0].param.device, rows), owner,
-        PARAM=triton_type(slots[0].param), GRAD=triton_type(slots[0].grad), BLOCK=BLOCK,
-        **launch_options(slots[0].param, step, hyper, rounding),
+    launch(
+        _many_adamw_kernel, (owner.numel(),),
+        table_on(first.param.device, rows), owner, *coefficients(step, hyper),
+        PARAM=triton_type(first.param), GRAD=triton_type(first.grad),
+        STOCHASTIC=is_stochastic(first.param, rounding), BLOCK=BLOCK,
     )  # fmt: skip
 
 
-def are_aligned(*tensors: Tensor) -> bool:
-    """Whether Triton may read them 16 bytes at a time: by where they begin, and by the first one's length."""
-    return tensors[0].numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+def addresses_of(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple([tensor.data_ptr() for tensor in tensors])
+
+
+def are_aligned(numel: int, addresses: Sequence[int]) -> bool:
+    """Whether Triton may read tensors of `numel` elements at these addresses 16 bytes at a time."""
+    bits = numel
+    for address in addresses:
+        bits |= address
+    return bits % 16 == 0
 
 
 @functools.lru_cache(maxsize=8)
 def programs(numels: tuple[int, ...], program_numel: int, device: torch.device) -> tuple[Tensor, list[int]]:
     """Which parameter each program works for, (programs,) int64, and the first program of each parameter."""
-    counts = torch.tensor([triton.cdiv(numel, program_numel) for numel in numels])
+    counts = torch.tensor([cdiv(numel, program_numel) for numel in numels])
     first = counts.cumsum(0) - counts
     return torch.repeat_interleave(torch.arange(len(numels)), counts).to(device), first.tolist()
 
@@ -158,18 +168,22 @@ def table_on(device: torch.device, rows: Sequence[Sequence[int]]) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True)  # otherwise the copy would wait for all work before
 
 
-def launch_options(param: Tensor, step: int, hyper: "Hyper", rounding: Rounding) -> dict[str, Any]:
-    return {
-        "decay": 1 - hyper.lr * hyper.weight_decay,
-        "beta1": hyper.beta1,
-        "one_minus_beta1": 1 - hyper.beta1,
-        "beta2": hyper.beta2,
-        "one_minus_beta2": 1 - hyper.beta2,
-        "step_size": hyper.lr / (1 - hyper.beta1**step),
-        "sqrt_correction2": (1 - hyper.beta2**step) ** 0.5,
-        "eps": hyper.eps,
-        "STOCHASTIC": rounding == "stochastic" and param.dtype == torch.bfloat16,
-    }
+def coefficients(step: int, hyper: "Hyper") -> tuple[float, ...]:
+    """What the kernels take from `decay` to `eps`."""
+    return (
+        1 - hyper.lr * hyper.weight_decay,
+        hyper.beta1,
+        1 - hyper.beta1,
+        hyper.beta2,
+        1 - hyper.beta2,
+        hyper.lr / (1 - hyper.beta1**step),
+        (1 - hyper.beta2**step) ** 0.5,
+        hyper.eps,
+    )
+
+
+def is_stochastic(param: Tensor, rounding: Rounding) -> bool:
+    return rounding == "stochastic" and param.dtype == torch.bfloat16
 
 
 def triton_seed(seed: int, step: int, index: int) -> int:

@@ -15,16 +15,17 @@ from fxopt.kernels.backend import (
     MAX_PROGRAMS,
     TRITON_DEVICES,
     as_rows,
+    cdiv,
     check_residual,
     check_rows,
     compute_dtype,
     contiguous,
-    on_device,
     row_tile,
     tl,
     triton,
     triton_dtype,
 )
+from fxopt.kernels.launch import launch
 from fxopt.kernels.layer_norm import (
     _gradient,
     _mean_and_centred,
@@ -32,7 +33,7 @@ from fxopt.kernels.layer_norm import (
     layer_norm_backward,
     layer_norm_reference,
 )
-from fxopt.kernels.op import op
+from fxopt.kernels.op import cheap_result, op
 
 
 def add_layer_norm_reference(
@@ -113,6 +114,7 @@ def _add_layer_norm_bwd_kernel(
         tl.store(dbias_ptr + tl.program_id(0) * D + cols, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < D)
 
 
+@cheap_result(1)
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -156,13 +158,13 @@ def _add_layer_norm_triton(
     num_rows, D = x_rows.shape
     tile = row_tile(D)
     if num_rows:
-        with on_device(x):
-            _add_layer_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, residual_rows, contiguous(weight), contiguous(bias), summed, normed, mean, rstd,
-                num_rows, x_rows.stride(0), residual_rows.stride(0),
-                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-                EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
-            )  # fmt: skip
+        launch(
+            _add_layer_norm_fwd_kernel, (cdiv(num_rows, tile["ROWS"]),),
+            x_rows, residual_rows, contiguous(weight), contiguous(bias), summed, normed, mean, rstd,
+            num_rows, x_rows.stride(0), residual_rows.stride(0),
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+        )  # fmt: skip
     return summed, normed, mean, rstd
 
 
@@ -193,17 +195,17 @@ def _add_layer_norm_backward_triton(
     dx = summed.new_empty(summed.shape)
     num_rows, D = summed_rows.shape
     tile = row_tile(D)
-    num_programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
+    num_programs = min(MAX_PROGRAMS, cdiv(num_rows, tile["ROWS"]))
     dweight, dbias = (
         None if p is None else summed.new_empty(num_programs, D, dtype=mean.dtype) for p in (weight, bias)
     )
     if num_rows:
-        with on_device(summed):
-            _add_layer_norm_bwd_kernel[(num_programs,)](
-                dsummed_rows, dnormed_rows, summed_rows, mean, rstd, contiguous(weight), dx, dweight, dbias,
-                num_rows, dsummed_rows.stride(0), dnormed_rows.stride(0), summed_rows.stride(0),
-                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, D=D, DTYPE=triton_dtype(summed), **tile,
-            )  # fmt: skip
+        launch(
+            _add_layer_norm_bwd_kernel, (num_programs,),
+            dsummed_rows, dnormed_rows, summed_rows, mean, rstd, contiguous(weight), dx, dweight, dbias,
+            num_rows, dsummed_rows.stride(0), dnormed_rows.stride(0), summed_rows.stride(0),
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, D=D, DTYPE=triton_dtype(summed), **tile,
+        )  # fmt: skip
     return dx, _gradient(dweight, weight, summed), _gradient(dbias, bias, summed)
 
 

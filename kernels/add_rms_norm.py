@@ -15,17 +15,18 @@ from fxopt.kernels.backend import (
     MAX_PROGRAMS,
     TRITON_DEVICES,
     as_rows,
+    cdiv,
     check_residual,
     check_rows,
     compute_dtype,
     contiguous,
-    on_device,
     row_tile,
     tl,
     triton,
     triton_dtype,
 )
-from fxopt.kernels.op import op
+from fxopt.kernels.launch import launch
+from fxopt.kernels.op import cheap_result, op
 from fxopt.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_reference
 
 
@@ -90,6 +91,7 @@ def _add_rms_norm_bwd_kernel(
         tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
 
 
+@cheap_result(1)
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(x + residual, rms_norm(x + residual, weight, eps)), differentiable once in x, residual and weight.
 
@@ -123,12 +125,12 @@ def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor | None, eps
     num_rows, D = x_rows.shape
     tile = row_tile(D)
     if num_rows:
-        with on_device(x):
-            _add_rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, residual_rows, contiguous(weight), summed, normed,
-                num_rows, x_rows.stride(0), residual_rows.stride(0),
-                HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
-            )  # fmt: skip
+        launch(
+            _add_rms_norm_fwd_kernel, (cdiv(num_rows, tile["ROWS"]),),
+            x_rows, residual_rows, contiguous(weight), summed, normed,
+            num_rows, x_rows.stride(0), residual_rows.stride(0),
+            HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+        )  # fmt: skip
     return summed, normed
 
 
@@ -153,15 +155,15 @@ def _add_rms_norm_backward_triton(
     dx = summed.new_empty(summed.shape)
     num_rows, D = summed_rows.shape
     tile = row_tile(D)
-    num_programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
+    num_programs = min(MAX_PROGRAMS, cdiv(num_rows, tile["ROWS"]))
     dweight = summed.new_empty(num_programs if weight is not None else 0, D, dtype=compute_dtype(summed))
     if num_rows:
-        with on_device(summed):
-            _add_rms_norm_bwd_kernel[(num_programs,)](
-                dsummed_rows, dnormed_rows, summed_rows, contiguous(weight), dx, dweight,
-                num_rows, dsummed_rows.stride(0), dnormed_rows.stride(0), summed_rows.stride(0),
-                HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(summed), **tile,
-            )  # fmt: skip
+        launch(
+            _add_rms_norm_bwd_kernel, (num_programs,),
+            dsummed_rows, dnormed_rows, summed_rows, contiguous(weight), dx, dweight,
+            num_rows, dsummed_rows.stride(0), dnormed_rows.stride(0), summed_rows.stride(0),
+            HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(summed), **tile,
+        )  # fmt: skip
     return dx, summed.new_empty(0) if weight is None else dweight.sum(0).to(weight.dtype)
 
 

@@ -1,5 +1,6 @@
 """The little that all kernel files share: Triton where it exists, and how a tensor is cut into rows and tiles."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,15 +55,21 @@ def row_blocks(rows: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """The quotient, rounded up. `triton.cdiv` takes 5 µs."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
+@functools.cache
 def row_tile(num_cols: int) -> dict[str, int]:
     """Launch arguments of a kernel that holds whole rows: ROWS x BLOCK elements in a program of `num_warps` warps."""
-    block = triton.next_power_of_2(num_cols)
+    block = next_power_of_2(num_cols)
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
-
-
-def on_device(tensor: Tensor) -> Any:
-    """A context in which Triton launches on the tensor's device, which need not be the current one."""
-    return torch.accelerator.device_index(tensor.device.index)
 
 
 def check_rows(op: str, x: Tensor, **parameters: Tensor | None) -> None:

@@ -15,18 +15,10 @@ Saved: gate and up only; all else is computed again.
 import torch
 from torch import Tensor
 
-from fxopt.kernels.backend import (
-    TRITON_DEVICES,
-    as_rows,
-    compute_dtype,
-    on_device,
-    row_blocks,
-    tl,
-    triton,
-    triton_dtype,
-)
+from fxopt.kernels.backend import TRITON_DEVICES, as_rows, cdiv, compute_dtype, row_blocks, tl, triton, triton_dtype
 from fxopt.kernels.elementary import sigmoid
-from fxopt.kernels.op import op
+from fxopt.kernels.launch import launch
+from fxopt.kernels.op import cheap_result, op
 
 BLOCK = 1024
 
@@ -92,6 +84,7 @@ def _clamped_swiglu_bwd_kernel(
     tl.store(dup_ptr + row * D + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
+@cheap_result(0)
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     """(u + 1) * g * sigmoid(alpha * g) of the clamped gate and up, differentiable once in gate and up.
 
@@ -133,11 +126,11 @@ def _clamped_swiglu_triton(gate: Tensor, up: Tensor, alpha: float, limit: float)
     gate_rows, up_rows, y = _as_strided_rows(gate), _as_strided_rows(up), _new_result(gate, up)
     num_rows, D = gate_rows.shape
     if num_rows:
-        with on_device(gate):
-            _clamped_swiglu_fwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
-                gate_rows, up_rows, y, *gate_rows.stride(), *up_rows.stride(),
-                ALPHA=alpha, LIMIT=limit, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(y),
-            )  # fmt: skip
+        launch(
+            _clamped_swiglu_fwd_kernel, (num_rows, cdiv(D, BLOCK)),
+            gate_rows, up_rows, y, *gate_rows.stride(), *up_rows.stride(),
+            ALPHA=alpha, LIMIT=limit, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(y),
+        )  # fmt: skip
     return y
 
 
@@ -176,12 +169,12 @@ def _clamped_swiglu_backward_triton(
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     num_rows, D = gate_rows.shape
     if num_rows:
-        with on_device(gate):
-            _clamped_swiglu_bwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
-                dy_rows, gate_rows, up_rows, dgate, dup,
-                dy_rows.stride(0), *gate_rows.stride(), *up_rows.stride(),
-                ALPHA=alpha, LIMIT=limit, AT_BOUNDS=AT_BOUNDS, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(dy),
-            )  # fmt: skip
+        launch(
+            _clamped_swiglu_bwd_kernel, (num_rows, cdiv(D, BLOCK)),
+            dy_rows, gate_rows, up_rows, dgate, dup,
+            dy_rows.stride(0), *gate_rows.stride(), *up_rows.stride(),
+            ALPHA=alpha, LIMIT=limit, AT_BOUNDS=AT_BOUNDS, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(dy),
+        )  # fmt: skip
     return dgate, dup
 
 

@@ -13,9 +13,10 @@ Saved: gate and up only; f(gate) is computed again.
 import torch
 from torch import Tensor
 
-from fxopt.kernels.backend import TRITON_DEVICES, as_rows, on_device, tl, triton, triton_dtype
+from fxopt.kernels.backend import TRITON_DEVICES, as_rows, cdiv, tl, triton, triton_dtype
 from fxopt.kernels.elementary import exp, sigmoid
-from fxopt.kernels.op import op
+from fxopt.kernels.launch import launch
+from fxopt.kernels.op import cheap_result, op
 
 BLOCK = 1024
 _aten = torch.ops.aten
@@ -90,6 +91,7 @@ def _glu_bwd_kernel(
     tl.store(dup_ptr + row * D + cols, (dy * value).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
+@cheap_result(0)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, differentiable once in gate and up.
 
@@ -106,6 +108,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _checked_glu("swiglu", gate, up, "silu")
 
 
+@cheap_result(0)
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """gelu(gate) * up, differentiable once in gate and up; otherwise as `swiglu`.
 
@@ -116,6 +119,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     return _checked_glu("geglu", gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
+@cheap_result(0)
 def reglu(gate: Tensor, up: Tensor) -> Tensor:
     """relu(gate) * up, differentiable once in gate and up; otherwise as `swiglu`."""
     return _checked_glu("reglu", gate, up, "relu")
@@ -140,11 +144,11 @@ def _glu_triton(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate_rows, up_rows, y = as_rows(gate), as_rows(up), gate.new_empty(gate.shape, dtype=_result_dtype(gate, up))
     num_rows, D = gate_rows.shape
     if num_rows:
-        with on_device(gate):
-            _glu_fwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
-                gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0),
-                ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(y),
-            )  # fmt: skip
+        launch(
+            _glu_fwd_kernel, (num_rows, cdiv(D, BLOCK)),
+            gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0),
+            ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(y),
+        )  # fmt: skip
     return y
 
 
@@ -174,11 +178,11 @@ def _glu_backward_triton(dy: Tensor, gate: Tensor, up: Tensor, activation: str) 
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     num_rows, D = gate_rows.shape
     if num_rows:
-        with on_device(gate):
-            _glu_bwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
-                dy_rows, gate_rows, up_rows, dgate, dup, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
-                ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(dy),
-            )  # fmt: skip
+        launch(
+            _glu_bwd_kernel, (num_rows, cdiv(D, BLOCK)),
+            dy_rows, gate_rows, up_rows, dgate, dup, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
+            ACTIVATION=activation, D=D, BLOCK=BLOCK, DTYPE=triton_dtype(dy),
+        )  # fmt: skip
     return dgate, dup
 
 

@@ -18,17 +18,18 @@ from fxopt.kernels.backend import (
     TRITON_DEVICES,
     as_rows,
     cast,
+    cdiv,
     check_rows,
     compute_dtype,
     contiguous,
-    on_device,
     row_blocks,
     row_tile,
     tl,
     triton,
     triton_dtype,
 )
-from fxopt.kernels.op import op
+from fxopt.kernels.launch import launch
+from fxopt.kernels.op import cheap_result, op
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -115,6 +116,7 @@ def _layer_norm_bwd_kernel(
         tl.store(dbias_ptr + tl.program_id(0) * D + cols, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < D)
 
 
+@cheap_result(0)
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, differentiable once in x, weight and bias.
 
@@ -163,12 +165,12 @@ def _layer_norm_triton(
     num_rows, D = x_rows.shape
     tile = row_tile(D)
     if num_rows:
-        with on_device(x):
-            _layer_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, contiguous(weight), contiguous(bias), y, mean, rstd, num_rows, x_rows.stride(0),
-                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-                EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
-            )  # fmt: skip
+        launch(
+            _layer_norm_fwd_kernel, (cdiv(num_rows, tile["ROWS"]),),
+            x_rows, contiguous(weight), contiguous(bias), y, mean, rstd, num_rows, x_rows.stride(0),
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+        )  # fmt: skip
     return y, mean, rstd
 
 
@@ -212,15 +214,15 @@ def _layer_norm_backward_triton(
     dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
     num_rows, D = x_rows.shape
     tile = row_tile(D)
-    num_programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
+    num_programs = min(MAX_PROGRAMS, cdiv(num_rows, tile["ROWS"]))
     dweight, dbias = (None if p is None else x.new_empty(num_programs, D, dtype=mean.dtype) for p in (weight, bias))
     if num_rows:
-        with on_device(x):
-            _layer_norm_bwd_kernel[(num_programs,)](
-                dy_rows, x_rows, mean, rstd, contiguous(weight), dx, dweight, dbias,
-                num_rows, dy_rows.stride(0), x_rows.stride(0),
-                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, D=D, DTYPE=triton_dtype(x), **tile,
-            )  # fmt: skip
+        launch(
+            _layer_norm_bwd_kernel, (num_programs,),
+            dy_rows, x_rows, mean, rstd, contiguous(weight), dx, dweight, dbias,
+            num_rows, dy_rows.stride(0), x_rows.stride(0),
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, D=D, DTYPE=triton_dtype(x), **tile,
+        )  # fmt: skip
     return dx, _gradient(dweight, weight, x), _gradient(dbias, bias, x)
 
 

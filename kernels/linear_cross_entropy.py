@@ -16,8 +16,8 @@ Gradient, with p = softmax(z) and s the row's share of the loss (1 / number of l
 Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them
 waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. They go through one reused buffer
 of at most CHUNK_ROWS rows and CHUNK_BYTES (on a GPU GPU_CHUNK_BYTES), in which dx replaces the logits. For "mean" and
-"sum" the gradients are computed with the loss and saved; for "none" they are computed in the backward, chunk by chunk
-again.
+"sum" the gradients are computed with the loss, saved, and scaled in the backward (where a GPU multiplies matrices into
+float32, dhidden waits in it and is rounded once); for "none" they are computed there, chunk by chunk again.
 Bytes that must move: hidden and weight, their gradients, and 3 passes over the buffer for each chunk.
 """
 
@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, on_device, tl, triton, triton_dtype
+from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, tl, triton, triton_dtype
 from fxopt.kernels.elementary import divide, exp, log, tanh
+from fxopt.kernels.launch import launch
 from fxopt.kernels.op import op
 
 CHUNK_ROWS = 4096  # matrix products are at full speed long before; for small vocabularies
@@ -262,15 +263,13 @@ def _loss_and_grads(
     chunks = _chunks(labels.shape[0], vocabulary * hidden.element_size(), hidden.device)
     # With one chunk its product is the weight's gradient; a sum over several is kept in float32.
     summed = len(chunks) != 1
-    # A row's loss, and sums of few numbers over rows, are float64 where the device has it: no luck in the last digit.
-    exact = torch.float64 if hidden.device.type in ("cpu", "cuda") else dtype
-    losses = hidden.new_empty(labels.shape, dtype=exact)
+    losses = hidden.new_empty(labels.shape, dtype=_exact_dtype(hidden))
     buffer = hidden.new_empty(max((chunk.stop - chunk.start for chunk in chunks), default=0), vocabulary)
-    dhidden = hidden.new_empty(hidden.shape if want_hidden else 0)
+    dhidden = hidden.new_empty(hidden.shape if want_hidden else 0, dtype=_hidden_grad_dtype(hidden))
     dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=dtype if summed else weight.dtype)
     if summed:
         dweight.zero_()
-    dbias = weight.new_zeros(vocabulary if want_bias else 0, dtype=exact)
+    dbias = weight.new_zeros(vocabulary if want_bias else 0, dtype=_exact_dtype(hidden))
 
     for chunk in chunks:
         h, logits = hidden[chunk], buffer[: chunk.stop - chunk.start]
@@ -281,7 +280,7 @@ def _loss_and_grads(
         softmax_rows(logits, labels[chunk], None if scales is None else scales[chunk], losses[chunk], options)
         logits[max(num_kept - chunk.start, 0) :] = 0.0  # where infinite weights make NaN of rows of zeros
         if want_hidden:
-            torch.mm(logits, weight, out=dhidden[chunk])
+            _product(logits, weight, dhidden[chunk])
         if want_weight and summed:
             _add_product(dweight, logits.t(), h)
         elif want_weight:
@@ -291,7 +290,7 @@ def _loss_and_grads(
 
     losses = losses[:num_kept]
     if want_hidden and not all_kept:
-        dhidden = hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, kept_rows, dhidden[:num_kept])
+        dhidden = dhidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, kept_rows, dhidden[:num_kept])
     if reduction == "none":
         loss = losses if all_kept else losses.new_zeros(num_rows).index_copy_(0, kept_rows, losses)
     else:
@@ -299,7 +298,7 @@ def _loss_and_grads(
     if z_loss and reduction == "mean" and num_rows and not num_kept:  # a mean of no square: 0 / 0, its gradient too
         for gradient in (dhidden, dweight, dbias):
             gradient.fill_(math.nan)
-    return loss.to(dtype), dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return loss.to(dtype), dhidden, dweight.to(weight.dtype), dbias
 
 
 def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
@@ -346,6 +345,29 @@ def _chunks(num_rows: int, row_bytes: int, device: torch.device) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
+def _exact_dtype(hidden: Tensor) -> torch.dtype:
+    """Of a row's loss, and of sums of few numbers over rows: no luck in the last digit where the device has float64."""
+    return torch.float64 if hidden.device.type in ("cpu", "cuda") else compute_dtype(hidden)
+
+
+def _has_wide_products(device: torch.device) -> bool:
+    """Whether matrix products of two-byte numbers can have a float32 result."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _hidden_grad_dtype(hidden: Tensor) -> torch.dtype:
+    """What the gradient is kept in until backward scales and rounds it."""
+    return compute_dtype(hidden) if _has_wide_products(hidden.device) else hidden.dtype
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b. cuBLAS may add up a long sum's parts in two bytes; not where the result has four."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. Where total is wider than a and b: as cuBLAS does it, without rounding; else in blocks of rows.
 
@@ -354,7 +376,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    if total.device.type == "cuda" and torch.version.hip is None:
+    if _has_wide_products(total.device):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
     step = _VOCABULARY_BLOCK if total.device.type == "cpu" else total.shape[0]
@@ -420,12 +442,12 @@ def _softmax_rows(logits: Tensor, labels: Tensor, scales: Tensor | None, losses:
 def _softmax_rows_triton(
     logits: Tensor, labels: Tensor, scales: Tensor | None, losses: Tensor, options: _Options
 ) -> None:
-    with on_device(logits):
-        _softmax_rows_kernel[(logits.shape[0],)](
-            logits, labels, scales if scales is not None else losses, losses, logits.shape[1],
-            HAS_SCALES=scales is not None, BLOCK=BLOCK, DTYPE=triton_dtype(logits), num_warps=8,
-            **{name.upper(): value for name, value in options._asdict().items()},
-        )  # fmt: skip
+    launch(
+        _softmax_rows_kernel, (logits.shape[0],),
+        logits, labels, scales if scales is not None else losses, losses, logits.shape[1],
+        HAS_SCALES=scales is not None, BLOCK=BLOCK, DTYPE=triton_dtype(logits), num_warps=8,
+        **{name.upper(): value for name, value in options._asdict().items()},
+    )  # fmt: skip
 
 
 _ARGUMENTS = (
@@ -450,18 +472,19 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=compute_dtype(hidden))
-    return loss, *_fake_grads(hidden, weight, *rest[-3:])
+    dhidden, dweight, dbias = _fake_grads(hidden, weight, *rest[-3:])
+    return loss, dhidden.to(_hidden_grad_dtype(hidden)), dweight, dbias.to(_exact_dtype(hidden))
 
 
 # With reduction "none" the backward computes the gradients, from the gradients of the rows' losses.
 @op("linear_cross_entropy_backward", schema=f"(Tensor dlosses, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _linear_cross_entropy_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _loss_and_grads(_softmax_rows, *args)[1:]
+    return _rounded(args[1], _loss_and_grads(_softmax_rows, *args)[1:])
 
 
 @_linear_cross_entropy_backward.register_kernel(TRITON_DEVICES)
 def _linear_cross_entropy_backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _loss_and_grads(_softmax_rows_triton, *args)[1:]
+    return _rounded(args[1], _loss_and_grads(_softmax_rows_triton, *args)[1:])
 
 
 @_linear_cross_entropy_backward.register_fake
@@ -479,11 +502,16 @@ def _fake_grads(
     )
 
 
+def _rounded(hidden: Tensor, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = (grad.to(hidden.dtype) for grad in grads)
+    return dhidden, dweight, dbias
+
+
 def _setup_context(ctx, inputs, output) -> None:
     tensors, ctx.options = inputs[:4], inputs[4:-3]  # ignore_index, reduction, and what is in _Options
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.reduction = inputs[5]
+    ctx.dtype, ctx.reduction = inputs[0].dtype, inputs[5]
     if ctx.reduction == "none":
         ctx.save_for_backward(*tensors)
     else:
@@ -505,7 +533,7 @@ def _backward(ctx, dloss: Tensor | None, *_: None):
     else:
         # Scaling in place spares a copy of the weight's gradient; not if the graph may be walked again or is traced.
         in_place = type(dloss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
-        grads = [grad.mul_(dloss) if in_place else grad * dloss for grad in ctx.saved_tensors]
+        grads = [(grad.mul_(dloss) if in_place else grad * dloss).to(ctx.dtype) for grad in ctx.saved_tensors]
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *nothing_else
 
 

@@ -108,6 +108,19 @@ def op(name: str, **options: Any) -> Callable[[Callable[..., Any]], Op]:
     return lambda kernel: Op(name, kernel, **options)
 
 
+def cheap_result(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: the function's result, or that one of its results, may be computed again in the backward pass.
+
+    Its autograd node says how, as `recompute` and `recomputed_output` (`fxopt/rematerialize.py`).
+    """
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.cheap_result = index  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 def _is_watched() -> bool:
     """Whether a dispatch mode or a functorch transform would have to see the op."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()

@@ -11,8 +11,9 @@ Bytes that must move: forward reads x and writes y; backward reads x and dy and 
 import torch
 from torch import Tensor
 
-from fxopt.kernels.backend import TRITON_DEVICES, as_rows, on_device, tl, triton, triton_dtype
-from fxopt.kernels.op import op
+from fxopt.kernels.backend import TRITON_DEVICES, as_rows, cdiv, tl, triton, triton_dtype
+from fxopt.kernels.launch import launch
+from fxopt.kernels.op import cheap_result, op
 
 BLOCK = 1024
 _aten = torch.ops.aten
@@ -52,6 +53,7 @@ def _relu_squared_bwd_kernel(
     tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+@cheap_result(0)
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)², differentiable once in x.
 
@@ -79,10 +81,11 @@ def _relu_squared_triton(x: Tensor) -> Tensor:
     x_rows, y = as_rows(x), x.new_empty(x.shape)
     num_rows, D = x_rows.shape
     if num_rows:
-        with on_device(x):
-            _relu_squared_fwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
-                x_rows, y, x_rows.stride(0), D=D, BLOCK=BLOCK, DTYPE=triton_dtype(x)
-            )
+        launch(
+            _relu_squared_fwd_kernel, (num_rows, cdiv(D, BLOCK)),
+            x_rows, y, x_rows.stride(0),
+            D=D, BLOCK=BLOCK, DTYPE=triton_dtype(x),
+        )  # fmt: skip
     return y
 
 
@@ -103,10 +106,11 @@ def _relu_squared_backward_triton(dy: Tensor, x: Tensor) -> Tensor:
     dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
     num_rows, D = x_rows.shape
     if num_rows:
-        with on_device(x):
-            _relu_squared_bwd_kernel[(num_rows, triton.cdiv(D, BLOCK))](
-                dy_rows, x_rows, dx, dy_rows.stride(0), x_rows.stride(0), D=D, BLOCK=BLOCK, DTYPE=triton_dtype(x)
-            )
+        launch(
+            _relu_squared_bwd_kernel, (num_rows, cdiv(D, BLOCK)),
+            dy_rows, x_rows, dx, dy_rows.stride(0), x_rows.stride(0),
+            D=D, BLOCK=BLOCK, DTYPE=triton_dtype(x),
+        )  # fmt: skip
     return dx
 
 

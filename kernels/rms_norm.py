@@ -16,17 +16,18 @@ from fxopt.kernels.backend import (
     TRITON_DEVICES,
     as_rows,
     cast,
+    cdiv,
     check_rows,
     compute_dtype,
     contiguous,
-    on_device,
     row_blocks,
     row_tile,
     tl,
     triton,
     triton_dtype,
 )
-from fxopt.kernels.op import op
+from fxopt.kernels.launch import launch
+from fxopt.kernels.op import cheap_result, op
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -84,6 +85,7 @@ def _rms_norm_bwd_kernel(
         tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
 
 
+@cheap_result(0)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight, differentiable once in x and weight.
 
@@ -102,6 +104,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)
 
 
+@cheap_result(0)
 def l2_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(Σ x² + eps), differentiable once: what `rms_norm` is with a weight of 1 / sqrt(D); otherwise as it."""
     D = x.shape[-1]
@@ -126,11 +129,11 @@ def _rms_norm_triton(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     num_rows, D = x_rows.shape
     tile = row_tile(D)
     if num_rows:
-        with on_device(x):
-            _rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                x_rows, contiguous(weight), y, num_rows, x_rows.stride(0),
-                HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
-            )  # fmt: skip
+        launch(
+            _rms_norm_fwd_kernel, (cdiv(num_rows, tile["ROWS"]),),
+            x_rows, contiguous(weight), y, num_rows, x_rows.stride(0),
+            HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+        )  # fmt: skip
     return y
 
 
@@ -167,15 +170,15 @@ def _rms_norm_backward_triton(dy: Tensor, x: Tensor, weight: Tensor | None, eps:
     dy_rows, x_rows, dx = as_rows(dy), as_rows(x), x.new_empty(x.shape)
     num_rows, D = x_rows.shape
     tile = row_tile(D)
-    num_programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
+    num_programs = min(MAX_PROGRAMS, cdiv(num_rows, tile["ROWS"]))
     dweight = x.new_empty(num_programs if weight is not None else 0, D, dtype=compute_dtype(x))
     if num_rows:
-        with on_device(x):
-            _rms_norm_bwd_kernel[(num_programs,)](
-                dy_rows, x_rows, contiguous(weight), dx, dweight,
-                num_rows, dy_rows.stride(0), x_rows.stride(0),
-                HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
-            )  # fmt: skip
+        launch(
+            _rms_norm_bwd_kernel, (num_programs,),
+            dy_rows, x_rows, contiguous(weight), dx, dweight,
+            num_rows, dy_rows.stride(0), x_rows.stride(0),
+            HAS_WEIGHT=weight is not None, EPS=eps, D=D, DTYPE=triton_dtype(x), **tile,
+        )  # fmt: skip
     return dx, x.new_empty(0) if weight is None else dweight.sum(0).to(weight.dtype)
 
 

@@ -23,7 +23,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fxopt.kernels.backend import BLOCK_BYTES, TRITON_DEVICES, compute_dtype, on_device, tl, triton, triton_dtype
+from fxopt.kernels.backend import (
+    BLOCK_BYTES,
+    TRITON_DEVICES,
+    cdiv,
+    compute_dtype,
+    next_power_of_2,
+    tl,
+    triton,
+    triton_dtype,
+)
+from fxopt.kernels.launch import launch
 from fxopt.kernels.op import op
 
 LAYOUTS = ("halves", "pairs", "pairs_to_halves")
@@ -259,16 +269,16 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, layout: str, *, backward: bool)
     width = cos.shape[-1]
     cos, sin = cos.expand(*x.shape[:-1], width), sin.expand(*x.shape[:-1], width)
     B, H, S, D = x.shape
-    block = triton.next_power_of_2(D // 2)
+    block = next_power_of_2(D // 2)
     rows = max(1, 1024 // block)
     if x.numel():
-        with on_device(x):
-            _rope_kernel[(triton.cdiv(B * H * S, rows),)](
-                x, cos, sin, out, B * H * S, H, S,
-                *x.stride()[:3], *cos.stride()[:3], *sin.stride()[:3], *out.stride()[:3],
-                BACKWARD=backward, X_PAIRS=x_pairs, Y_PAIRS=y_pairs, TABLE_PAIRS=layout == "pairs",
-                TABLE_WIDE=width == D, HALF=D // 2, ROWS=rows, BLOCK=block, DTYPE=triton_dtype(x),
-            )  # fmt: skip
+        launch(
+            _rope_kernel, (cdiv(B * H * S, rows),),
+            x, cos, sin, out, B * H * S, H, S,
+            *x.stride()[:3], *cos.stride()[:3], *sin.stride()[:3], *out.stride()[:3],
+            BACKWARD=backward, X_PAIRS=x_pairs, Y_PAIRS=y_pairs, TABLE_PAIRS=layout == "pairs",
+            TABLE_WIDE=width == D, HALF=D // 2, ROWS=rows, BLOCK=block, DTYPE=triton_dtype(x),
+        )  # fmt: skip
     return y if out is y else y.copy_(out)
 
 

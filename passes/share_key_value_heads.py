@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.rewrite.graph import shape_of
+from fxopt.rewrite.graph import dtype_of, shape_of, tensor_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
@@ -40,6 +40,9 @@ class ShareKeyValueHeads(Rule):
     @staticmethod
     def check(query: fx.Node, key: fx.Node, value: fx.Node, mask: Any, dropout: float) -> None:
         require(mask is None, "there is a mask: shared heads are slow with one on a GPU, and less accurate on a CPU")
+        tensor = tensor_of(query)
+        fused = tensor is None or tensor.device.type == "cpu" or tensor.dtype.itemsize == 2
+        require(fused, f"a GPU's fused attention takes shared heads in two-byte dtypes alone, not in {dtype_of(query)}")
         require(dropout == 0.0, "attention drops out at random, so the rewrite cannot be proven")
         require(shape_of(key)[-1] == shape_of(value)[-1], "keys and values have different widths")
         require(shape_of(query)[1] % shape_of(key)[1] == 0, "the key heads do not divide the query heads")

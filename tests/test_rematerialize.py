@@ -3,12 +3,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxopt.kernels.add_rms_norm import add_rms_norm
 from fxopt.kernels.glu import swiglu
 from fxopt.kernels.rms_norm import rms_norm
-from fxopt.rematerialize import rematerializing
+from fxopt.rematerialize import rematerialize, rematerializing
 
 
 def leaf(*shape: int) -> Tensor:
@@ -19,6 +19,30 @@ def projected(x: Tensor, other: Tensor, weight: Tensor, *projections: Tensor) ->
     summed, normed = add_rms_norm(x, other, weight, 1e-5)
     gated = swiglu(F.linear(normed, projections[0]), F.linear(normed, projections[1]))
     return F.linear(gated, projections[2]) + rms_norm(summed, weight, 1e-5)
+
+
+def test_only_what_saves_a_cheap_result_is_called_with_hooks() -> None:
+    def model(x: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
+        normed = rms_norm(x, weight, 1e-5)
+        rows = normed.view(-1, 16)
+        return torch.mm(rows, projection).exp() + normed.matmul(projection).flatten(0, 1)
+
+    graph = fx.Graph()
+    x, weight, projection = (graph.placeholder(name) for name in ("x", "weight", "projection"))
+    normed = graph.call_function(rms_norm, (x, weight, 1e-5))
+    rows = graph.call_method("view", (normed, (-1, 16)))
+    first = graph.call_function(torch.exp, (graph.call_function(torch.mm, (rows, projection)),))
+    second = graph.call_method("flatten", (graph.call_method("matmul", (normed, projection)), 0, 1))
+    graph.output(graph.call_function(torch.add, (first, second)))
+    module = fx.GraphModule({}, graph)
+    rematerialize(module)
+    rematerialize(module)  # once more changes nothing
+    names = [getattr(node.target, "__name__", node.target) for node in module.graph.nodes if "call" in node.op]
+    assert names == ["rms_norm", "view", "rematerializing_mm", "exp", "rematerializing_matmul", "flatten", "add"]
+    inputs = leaf(2, 5, 16), leaf(16), leaf(16, 8)
+    expected = torch.autograd.grad(model(*inputs).float().square().sum(), inputs)
+    found = torch.autograd.grad(module(*inputs).float().square().sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 INPUTS = [(2, 5, 16), (2, 5, 16), (16,), (24, 16), (24, 16), (16, 24)]

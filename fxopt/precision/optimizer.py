@@ -184,12 +184,14 @@ class Optimizer(torch.optim.Optimizer):
         self.add_states(parameters)
         for observer in self._observers:
             observer.before_update(parameters)
+        states = [self.state[parameter] for parameter in parameters]
+        if states:
+            torch._foreach_add_([state["step"] for state in states], 1)
         items: dict[int, list[Item]] = {}
-        for parameter in parameters:
-            group, index = self._places[parameter]
-            self.state[parameter]["step"] += 1
+        for parameter, state in zip(parameters, states, strict=True):
             if parameter.numel():
-                items.setdefault(id(group), []).append(Item(parameter, self.state[parameter], index))
+                group, index = self._places[parameter]
+                items.setdefault(id(group), []).append(Item(parameter, state, index))
         for group in self.param_groups:
             if found := items.get(id(group)):
                 RULES[group["kind"]].update(found, group)

@@ -26,7 +26,7 @@ CHUNK_NUMEL = 1 << 17  # they stay in the CPU's cache
 GPU_CHUNK_NUMEL = 1 << 22  # launches cost more than what a few of its elements take
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Item:
     """One parameter with a gradient. `index` tells the noise of one parameter from another's."""
 

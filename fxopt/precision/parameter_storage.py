@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.kernels.rounding import Rounding, noise_key, store_
 
@@ -41,7 +41,9 @@ def is_int8(parameter: object) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor (FSDP2), which shares its memory. An update needs no other part."""
-    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor.detach()
+    if type(tensor) in (Tensor, nn.Parameter):  # looking for what is not there takes longer
+        return tensor
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
 def storage_of(

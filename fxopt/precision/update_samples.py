@@ -43,7 +43,7 @@ class Sampler:
 
     def read(self, tensor: Any) -> Tensor:
         """The elements of `tensor` in float32, whatever they are stored as; `tensor` has the parameter's shape."""
-        tensor = local(tensor)
+        tensor = local(tensor).detach()
         if is_int8(tensor):
             rows = self.positions // self._shape[1]
             return tensor.int_data.view(-1)[self.positions].float() * tensor.scale[rows].float()

@@ -38,7 +38,7 @@ def test_it_matches_the_specification(dtype: torch.dtype, numel: int, device: st
     guarded = torch.full((numel + 64,), float("nan"), dtype=dtype, device=device)
     guarded[:numel] = p
     slot = Slot(guarded[:numel], g, m, v, torch.tensor(3.0), 0)
-    adamw_triton.launch([slot], 3, Hyper(**HYPER), "stochastic", 0)
+    adamw_triton.launch_adamw([slot], 3, Hyper(**HYPER), "stochastic", 0)
     torch.testing.assert_close(m, m32, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(v, v32, rtol=1e-6, atol=1e-6)
     assert guarded[numel:].isnan().all()
@@ -55,7 +55,7 @@ def test_its_rounding_is_unbiased(device: str) -> None:
     m, v = torch.zeros(2, numel, device=device)
     slot = Slot(p, -p, m, v, torch.tensor(1.0), 0)
     hyper = Hyper(lr=up * 2**-7, beta1=0.9, beta2=0.999, eps=0.0, weight_decay=0.0)
-    adamw_triton.launch([slot], 1, hyper, "stochastic", 0)
+    adamw_triton.launch_adamw([slot], 1, hyper, "stochastic", 0)
     assert abs((p > 1).double().mean().item() - up) < 5 * (up * (1 - up) / numel) ** 0.5
 
 
@@ -65,7 +65,7 @@ def test_infinity_and_nan_stay(device: str) -> None:
     g = torch.tensor([1.0, 1.0, 1.0, float("nan")], dtype=torch.bfloat16, device=device)
     m, v = torch.zeros(2, 4, device=device)
     hyper = Hyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-    adamw_triton.launch([Slot(p, g, m, v, torch.tensor(1.0), 0)], 1, hyper, "stochastic", 0)
+    adamw_triton.launch_adamw([Slot(p, g, m, v, torch.tensor(1.0), 0)], 1, hyper, "stochastic", 0)
     assert p[0] == float("inf") and p[1] == float("-inf") and p[2:].isnan().all()
 
 
@@ -92,10 +92,10 @@ def test_many_at_once_equal_one_by_one(device: str, monkeypatch: pytest.MonkeyPa
             "_launch_many",
             lambda group, *rest: (launches.append(len(group)), launch_many(group, *rest)),
         )
-        adamw_triton.launch(slots[0], 3, hyper, "stochastic", 5)
+        adamw_triton.launch_adamw(slots[0], 3, hyper, "stochastic", 5)
     assert launches == [4]  # without 7 elements, the odd address, and the only float32 gradient
     for slot in slots[1]:
-        adamw_triton.launch([slot], 3, hyper, "stochastic", 5)
+        adamw_triton.launch_adamw([slot], 3, hyper, "stochastic", 5)
     together, alone = memory.view(torch.int16)
     assert torch.equal(together, alone)
     for one, other in zip(*slots, strict=True):

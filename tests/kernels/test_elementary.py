@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import elementary
-from fxopt.kernels.backend import TRITON_DEVICES, on_device, tl, triton
+from fxopt.kernels.backend import TRITON_DEVICES, cdiv, tl, triton
+from fxopt.kernels.launch import launch
 from tests.kernels.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -24,8 +25,7 @@ def _map_kernel(x_ptr, y_ptr, numel, FUNCTION: tl.constexpr, BLOCK: tl.constexpr
 
 def computed(name: str, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
-    with on_device(x):
-        _map_kernel[(triton.cdiv(x.numel(), 8192),)](x, y, x.numel(), FUNCTION=getattr(elementary, name), BLOCK=8192)
+    launch(_map_kernel, (cdiv(x.numel(), 8192),), x, y, x.numel(), FUNCTION=getattr(elementary, name), BLOCK=8192)
     return y
 
 

@@ -363,6 +363,6 @@ def _difference(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 NORMS: dict[str, Callable[[torch.Tensor], float]] = {"largest": _largest, "mean": _root_mean_square}
 # What one more rounding may add, in units of the dtype's epsilon: to an unlucky element, and on the average of random
-# ones. Of many that is 0.2; of the few hundred of a proof it was up to 0.34 in right rewrites. Numbers that are all the
+# ones. Of many that is 0.2; of the few hundred of a proof it was up to 0.38 in right rewrites. Numbers that are all the
 # same are rounded alike: see `_Errors.one_rounding`.
-LEAST_ROUNDING = {"largest": 1.0, "mean": 0.35}
+LEAST_ROUNDING = {"largest": 1.0, "mean": 0.4}

@@ -43,5 +43,5 @@ def _specialization(arg: Tensor | int | float | None) -> object:
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, arg >> 31
+        return arg == 1, arg % 16 == 0, -(1 << 31) <= arg < 1 << 31, arg < 1 << 63
     return float

@@ -19,8 +19,9 @@ from torch import Tensor, fx
 
 from fxopt.rewrite.graph import graph_modules
 
-# What hands on all of its first argument, in the same order.
-_SAME_ELEMENTS = ("view", "reshape", "flatten", "unflatten", "contiguous", "squeeze", "unsqueeze")
+# What hands on its first argument, in the same order, and saves nothing; and what may do so.
+_VIEWS = {"view", "reshape", "flatten", "unflatten", "contiguous", "squeeze", "unsqueeze"}
+_PERHAPS_THE_SAME = {"to", "type_as", "cast", "dropout", "getitem"}
 
 
 def rematerialize(module: fx.GraphModule) -> None:
@@ -38,18 +39,21 @@ def rematerialize(module: fx.GraphModule) -> None:
 
 
 def _cheap_results(node: fx.Node) -> Iterator[fx.Node]:
-    index = getattr(node.target, "cheap_result", None)
-    parts = [user for user in node.users if user.target is operator.getitem]
-    if index is not None:
-        yield from (part for part in parts if part.args[1] == index) if parts else (node,)
+    if hasattr(node.target, "cheap_result"):
+        index = node.target.cheap_result
+        parts = (user for user in node.users if user.target is operator.getitem and user.args[1] == index)
+        yield from (node,) if index is None else parts
 
 
 def _users(result: fx.Node) -> Iterator[fx.Node]:
     """The calls that may save `result` or a view of it."""
     for user in list(result.users):
-        if user.op == "call_method" and user.target in _SAME_ELEMENTS:
+        if user.op not in ("call_method", "call_function") or isinstance(user.target, torch._ops.HigherOrderOperator):
+            continue
+        name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if name in _VIEWS | _PERHAPS_THE_SAME:
             yield from _users(user)
-        elif user.op in ("call_method", "call_function"):
+        if name not in _VIEWS and user.target is not operator.getitem:
             yield user
 
 
@@ -65,6 +69,8 @@ def _rematerializing(function: Any) -> Callable[..., Any]:
 
     call.__name__ = f"rematerializing_{function.__name__}"
     call.rematerializes = True  # type: ignore[attr-defined]
+    if hasattr(function, "cheap_result"):
+        call.cheap_result = function.cheap_result  # type: ignore[attr-defined]
     return call
 
 

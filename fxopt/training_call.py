@@ -121,8 +121,9 @@ def _num_hooks(model: nn.Module) -> int:
             seen.add(id(module))
             attributes = module.__dict__
             for name in _HOOKS:
-                count += len(attributes[name])
-            found += [child for child in attributes["_modules"].values() if child is not None]
+                count += len(attributes[name] if name in attributes else getattr(module, name))  # a traced module's
+            children = attributes["_modules"].values() if "_modules" in attributes else module.children()
+            found += [child for child in children if child is not None]
     return count
 
 

@@ -84,7 +84,7 @@ def _clamped_swiglu_bwd_kernel(
     tl.store(dup_ptr + row * D + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-@cheap_result(0)
+@cheap_result()
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     """(u + 1) * g * sigmoid(alpha * g) of the clamped gate and up, differentiable once in gate and up.
 

@@ -91,7 +91,7 @@ def _glu_bwd_kernel(
     tl.store(dup_ptr + row * D + cols, (dy * value).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-@cheap_result(0)
+@cheap_result()
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, differentiable once in gate and up.
 
@@ -108,7 +108,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _checked_glu("swiglu", gate, up, "silu")
 
 
-@cheap_result(0)
+@cheap_result()
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """gelu(gate) * up, differentiable once in gate and up; otherwise as `swiglu`.
 
@@ -119,7 +119,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     return _checked_glu("geglu", gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
-@cheap_result(0)
+@cheap_result()
 def reglu(gate: Tensor, up: Tensor) -> Tensor:
     """relu(gate) * up, differentiable once in gate and up; otherwise as `swiglu`."""
     return _checked_glu("reglu", gate, up, "relu")

@@ -32,6 +32,7 @@ def launch(kernel: Any, grid: Grid, *args: Tensor | int | float | None, **consta
             compiled[grid + (1,) * (3 - len(grid))](*args, *in_order)
             return
         compiled = kernel[grid](*args, **constants)
+    compiled = compiled.result() if hasattr(compiled, "result") else compiled  # Triton may compile in the background
     if hasattr(compiled, "packed_metadata"):  # nothing is compiled in Triton's interpreter
         _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 
@@ -41,7 +42,10 @@ def _specialization(arg: Tensor | int | float | None) -> object:
     if arg is None:
         return None
     if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
+        aligned = arg.data_ptr() % 16 == 0
+        if torch.version.hip is None:
+            return arg.dtype, aligned
+        return arg.dtype, aligned, arg.untyped_storage().nbytes() < 1 << 31  # AMD: offsets of 32 bits
+    if type(arg) is int:
         return arg == 1, arg % 16 == 0, -(1 << 31) <= arg < 1 << 31, arg < 1 << 63
-    return float
+    return type(arg)

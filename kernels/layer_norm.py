@@ -116,7 +116,7 @@ def _layer_norm_bwd_kernel(
         tl.store(dbias_ptr + tl.program_id(0) * D + cols, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < D)
 
 
-@cheap_result(0)
+@cheap_result()
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, differentiable once in x, weight and bias.
 

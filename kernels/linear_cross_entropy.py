@@ -312,7 +312,8 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
     num_rows, vocabulary = -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE, weight.shape[0]
     chunks = _chunks(num_rows, vocabulary * itemsize, hidden.device)
     chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    held = chunk_rows * vocabulary * itemsize + num_rows * width * itemsize * (1 + want_hidden)
+    gradient = _hidden_grad_dtype(hidden).itemsize if want_hidden else 0
+    held = chunk_rows * vocabulary * itemsize + num_rows * width * (itemsize + gradient)
     copies = 2 if softcap is not None and (want_hidden or want_weight or want_bias) else 1
     scratch = copies * min(chunk_rows, _softmax_step(vocabulary, copies)) * vocabulary * wide
     if not want_weight or len(chunks) == 1 or wide == itemsize:

@@ -108,8 +108,8 @@ def op(name: str, **options: Any) -> Callable[[Callable[..., Any]], Op]:
     return lambda kernel: Op(name, kernel, **options)
 
 
-def cheap_result(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: the function's result, or that one of its results, may be computed again in the backward pass.
+def cheap_result(index: int | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: the function's result, or that one of several, may be computed again in the backward pass.
 
     Its autograd node says how, as `recompute` and `recomputed_output` (`fxopt/rematerialize.py`).
     """

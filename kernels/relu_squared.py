@@ -53,7 +53,7 @@ def _relu_squared_bwd_kernel(
     tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@cheap_result(0)
+@cheap_result()
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)², differentiable once in x.
 

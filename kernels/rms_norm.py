@@ -85,7 +85,7 @@ def _rms_norm_bwd_kernel(
         tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < D)
 
 
-@cheap_result(0)
+@cheap_result()
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight, differentiable once in x and weight.
 
@@ -104,7 +104,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)
 
 
-@cheap_result(0)
+@cheap_result()
 def l2_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(Σ x² + eps), differentiable once: what `rms_norm` is with a weight of 1 / sqrt(D); otherwise as it."""
     D = x.shape[-1]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
+from fxopt.training_call import _num_hooks
 from tests.tiny_models import LLAMA_HITS, tiny_batch, tiny_llama, tiny_model
 from tests.training import assert_trains_alike, gradients
 
@@ -293,6 +294,16 @@ def test_models_that_once_broke_train_alike(name):
         layer.dropout = 0.0
     assert_trains_alike(fxopt.optimize(model, "fp32"), tiny_batch())
     assert not fxopt.report(model).fallbacks
+
+
+def test_hooks_are_counted_in_modules_of_every_kind():
+    """Of a module that `torch.jit.trace` made there is no `__dict__` to look them up in."""
+    linear = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(linear, torch.jit.trace(torch.nn.Linear(4, 4), torch.zeros(1, 4)), linear)
+    assert _num_hooks(model) == 0
+    linear.register_forward_hook(lambda *_: None)
+    linear.register_forward_pre_hook(lambda *_: None)
+    assert _num_hooks(model) == 2
 
 
 def test_process_wide_hooks_registered_later_run():

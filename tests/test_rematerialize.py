@@ -1,4 +1,6 @@
+import operator
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,30 @@ def test_only_what_saves_a_cheap_result_is_called_with_hooks() -> None:
     expected = torch.autograd.grad(model(*inputs).float().square().sum(), inputs)
     found = torch.autograd.grad(module(*inputs).float().square().sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def wrapped(*calls: tuple[Any, ...]) -> list[str]:
+    """What is wrapped of a graph in which each call is given the result of the one before."""
+    graph = fx.Graph()
+    last, other = graph.placeholder("x"), graph.placeholder("other")
+    for function, *args in calls:
+        last = graph.call_function(function, (last, *(other if arg is Tensor else arg for arg in args)))
+    graph.output(last)
+    module = fx.GraphModule({}, graph)
+    rematerialize(module)
+    names = [node.target.__name__ for node in module.graph.nodes if node.op == "call_function"]
+    return [name.removeprefix("rematerializing_") for name in names if name.startswith("rematerializing_")]
+
+
+def test_cheap_results_are_found_behind_each_other_and_behind_what_hands_them_on() -> None:
+    norm, linear = (rms_norm, Tensor, 1e-5), (F.linear, Tensor)
+    added = (add_rms_norm, Tensor, Tensor, 1e-5), (operator.getitem, 1)
+    assert wrapped(norm, *added, linear) == ["add_rms_norm", "linear"]
+    assert wrapped(norm, norm, linear) == ["rms_norm", "linear"]
+    assert wrapped(norm, (torch.reshape, (-1, 16)), linear) == ["linear"]
+    assert wrapped(norm, (F.dropout, 0.0, False), linear) == ["dropout", "linear"]
+    assert wrapped(norm, (operator.getitem, slice(None)), linear) == ["linear"]
+    assert wrapped((add_rms_norm, Tensor, Tensor, 1e-5), (operator.getitem, 0), linear) == []
 
 
 INPUTS = [(2, 5, 16), (2, 5, 16), (16,), (24, 16), (24, 16), (16, 24)]

@@ -63,6 +63,7 @@ def test_the_second_call_takes_the_variant_of_the_first(kernel: Kernel) -> None:
         {"x": X.bfloat16()},
         {"x": X[1:]},  # no multiple of 16 bytes
         {"y": None},
+        {"n": True},
         {"n": 1},
         {"n": 48},
         {"n": 1 << 31},

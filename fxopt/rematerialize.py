@@ -8,7 +8,6 @@ saves the result, a linear layer or an adapter beside it, then holds the node in
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -57,7 +56,6 @@ def _users(result: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-@functools.cache
 def _rematerializing(function: Any) -> Callable[..., Any]:
     """`function`, called within `rematerializing`."""
     if hasattr(function, "rematerializes"):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxopt.kernels.adamw import Hyper
+from fxopt.kernels import adamw
 from fxopt.kernels.adamw_triton import (
     addresses_of,
     are_aligned,
@@ -29,7 +29,7 @@ from fxopt.kernels.adamw_triton import (
     triton_type,
     update,
 )
-from fxopt.kernels.backend import TRITON_DEVICES, tl, triton
+from fxopt.kernels.backend import tl, triton
 from fxopt.kernels.elementary import divide
 from fxopt.kernels.launch import launch
 from fxopt.kernels.rounding import Rounding
@@ -113,8 +113,7 @@ def _adamw_8bit_kernel(
 def has_kernel(param: Tensor, grad: Tensor, rounding: Rounding) -> bool:
     """Whether `foreach_adamw_8bit_` can update `param`: on a GPU, without a compensation, 16 bytes at a time."""
     return (
-        param.device.type in TRITON_DEVICES
-        and rounding != "kahan"
+        adamw.has_kernel(param.device, rounding)
         and param.is_contiguous()
         and grad.is_contiguous()
         and are_aligned(param.numel(), addresses_of(param, grad))
@@ -127,12 +126,8 @@ def foreach_adamw_8bit_(
     exp_avgs: Sequence[QuantizedMoment],
     exp_avg_sqs: Sequence[QuantizedMoment],
     steps: Sequence[Tensor],
+    hyper: adamw.Hyper,
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
     rounding: Rounding,
     seed: int,
     indices: Sequence[int],
@@ -141,7 +136,6 @@ def foreach_adamw_8bit_(
 
     `has_kernel` holds for each parameter. The moments of a kind share `values` and `buckets`.
     """
-    hyper = Hyper(lr, beta1, beta2, eps, weight_decay)
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
         groups.setdefault((param.device, param.dtype, grad.dtype, int(step)), []).append(place)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.kernels import adamw_8bit
-from fxopt.kernels.adamw import foreach_adamw_
+from fxopt.kernels.adamw import Hyper, foreach_adamw_
 from fxopt.kernels.rounding import Rounding
 from fxopt.precision import optimizer_states
 from fxopt.precision.parameter_storage import is_int8, local, storage_of
@@ -85,7 +85,7 @@ class AdamWRule:
                 plain.append(item)
         compensations = [item.state.get("compensation") for item in plain]
         foreach_adamw_(
-            **_tensors(plain),
+            **_arguments(plain),
             exp_avgs=[local(item.state["exp_avg"]) for item in plain],
             exp_avg_sqs=[local(item.state["exp_avg_sq"]) for item in plain],
             **_adamw_options(group),
@@ -94,10 +94,10 @@ class AdamWRule:
             compensations=[local(cut_off) if cut_off is not None else None for cut_off in compensations],
         )
         adamw_8bit.foreach_adamw_8bit_(
-            **_tensors(in_8_bits),
+            **_arguments(in_8_bits),
             exp_avgs=[optimizer_states.for_kernel(local(item.state["exp_avg"])) for item in in_8_bits],
             exp_avg_sqs=[optimizer_states.for_kernel(local(item.state["exp_avg_sq"])) for item in in_8_bits],
-            **_adamw_options(group),
+            hyper=Hyper(**_adamw_options(group)),
             rounding=group["rounding"],
             seed=group["seed"],
         )
@@ -189,7 +189,7 @@ def _has_8bit_kernel(item: Item, moment: Tensor, rounding: Rounding) -> bool:
     return adamw_8bit.has_kernel(local(item.parameter), item.gradient, rounding)
 
 
-def _tensors(items: Sequence[Item]) -> dict[str, Any]:
+def _arguments(items: Sequence[Item]) -> dict[str, Any]:
     return {
         "params": [local(item.parameter) for item in items],
         "grads": [item.gradient for item in items],

@@ -129,7 +129,7 @@ class In8Bits:
             first,
             second,
             [torch.tensor(3.0)] * len(chosen),
-            **HYPER,
+            Hyper(**HYPER),
             rounding=rounding,
             seed=5,
             indices=chosen,
@@ -176,9 +176,9 @@ def test_codes_are_those_of_torchao(signed: bool, device: str) -> None:
     (values,) = on(device, values)
     first, second = (optimizer_states.quantized_zeros(values, "8bit", signed=sign) for sign in (True, False))
     moments = [[optimizer_states.for_kernel(state)] for state in (first, second)]
-    options = {"lr": 0.1, "eps": 1.0, "weight_decay": 0.0, "beta1": 0.0, "beta2": 0.0}
+    hyper = Hyper(lr=0.1, eps=1.0, weight_decay=0.0, beta1=0.0, beta2=0.0)
     foreach_adamw_8bit_(
-        [torch.zeros_like(values)], [values], *moments, [torch.tensor(1.0)], **options,
+        [torch.zeros_like(values)], [values], *moments, [torch.tensor(1.0)], hyper,
         rounding="nearest", seed=0, indices=[0],
     )  # fmt: skip
     state.copy_(values if signed else values * values)

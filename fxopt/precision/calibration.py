@@ -160,11 +160,6 @@ class Calibration:
             )
         if len(self.islands) > MAX_ISLANDS_SHOWN:
             lines.append(f"  … and {len(self.islands) - MAX_ISLANDS_SHOWN} more")
-        if any(island.selector.cast == "stochastic" for island in self.islands):
-            lines.append(
-                "  in evaluation the cast is to the nearest, and hides what is smaller than half a step of bfloat16: "
-                "evaluate in float32"
-            )
         if self.worst_left is not None:
             name, losses = self.worst_left
             what = f"{_share(losses.lost)} lost" if losses.exceeds(self.bound)[0] else f"noise {_ratio(losses.noise)}"

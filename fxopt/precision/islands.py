@@ -93,8 +93,7 @@ def island_overrides(precision: Precision, role: Role) -> dict[str, object]:
 
     Float32 storage that is cast to bfloat16 by nearest rounding only moves the dead zone from the update to the cast.
     So norms and routers compute in float32, too; elsewhere the cast is stochastic, and matrix products stay as fast as
-    they were. (In evaluation it is to the nearest, which the report says.) The gradient of what is computed in bfloat16
-    has no more bits than that: it stays as it was.
+    they were. The gradient of what is computed in bfloat16 has no more bits than that: it stays as it was.
     """
     float32 = torch.float32
     storage: dict[str, object] = {} if precision.storage == float32 else {"storage": float32}

@@ -127,8 +127,7 @@ class AdamWRule:
             )
             optimizer_states.write(moments[0], start, m)
             optimizer_states.write(moments[1], start, v)
-            if float(group["lr"]):  # without one nothing has changed, and int8 codes would be drawn anew
-                storage.write(start, values)
+            storage.write(start, values)
         storage.finish()
 
 
@@ -178,8 +177,7 @@ class TorchRule:
                     continue
                 state = optimizer_states.convert(state, group["optimizer_state"], signed=self.signed[name])
             item.state[name] = state
-        if float(group["lr"]):
-            storage.write(0, values)
+        storage.write(0, values)
         storage.finish()
 
 

@@ -1,7 +1,5 @@
 """A stored parameter as float32 values, by ranges: read, and written back with one rounding."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
@@ -96,11 +94,12 @@ class _Plain:
 
 
 class _Int8Rows:
-    """torchao's int8 weight (rows, columns): whole rows, each with its scale, rounded stochastically by torchao.
+    """torchao's int8 weight (rows, columns): whole rows, each with its scale, rounded stochastically.
 
-    torchao takes the codes from the values and rounds the scale afterwards, so that a bfloat16 scale would move the
-    whole row, by up to 2⁻⁹, to the same side at each step. Values that are rounded to the scale's dtype before,
-    stochastically, have codes and scale that agree.
+    What torchao's own `copy_` does to an update is too noisy: it takes a new scale for each row at each step, so that
+    every code of the row falls between two codes of the new scale and is drawn anew, whether its value moved or not.
+    With updates of 1e-5 that makes ten times the noise of the updates themselves. Here a row keeps its scale, on which
+    its old values lie exactly, until its codes outgrow it or have left a quarter of it empty.
     """
 
     def __init__(self, parameter: Any, key: int) -> None:
@@ -112,11 +111,21 @@ class _Int8Rows:
 
     def write(self, start: int, values: Tensor) -> None:
         rows = self._rows(start, start + values.numel())
-        key = noise_key(self._key, start, 0)
-        rounded = torch.empty_like(values, dtype=rows.scale.dtype)
-        store_(rounded, values, "stochastic", index=key)
-        with _seeded(values.device, noise_key(key, 0, 1)):
-            rows.copy_(rounded.view(-1, self.alignment))
+        generator = torch.Generator(values.device).manual_seed(noise_key(self._key, start, 0))
+        scale = rows.scale.float().view(-1, 1).clamp_min(_LEAST_SCALE)
+        codes = values.view(-1, self.alignment) / scale
+        fits = _within(codes, _LARGEST_CODE + 1)
+        codes = torch.where(fits, _draw(codes, generator), codes)
+        # A code that was drawn too large is rounded again as it was drawn: had the value been taken instead, only what
+        # chance made larger would have been put right, and the row would on average be too small.
+        fits &= _within(codes, _LARGEST_CODE)
+        if values.device.type != "cpu" or not fits.all():  # a GPU is not asked: that would wait for it
+            fresh = codes.abs().amax(1, keepdim=True) * scale / _FRESH_LARGEST_CODE
+            fresh = fresh.to(rows.scale.dtype).float()
+            codes = torch.where(fits, codes, _draw(codes * (scale / fresh.clamp_min(_LEAST_SCALE)), generator))
+            scale = torch.where(fits, scale, fresh)
+        rows.int_data.copy_(codes)
+        rows.scale.copy_(scale.view(-1))
 
     def finish(self) -> None:
         pass
@@ -125,17 +134,18 @@ class _Int8Rows:
         return self._parameter[start // self.alignment : stop // self.alignment]
 
 
-@contextlib.contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """The device's global generator, which torchao draws from, starts at `seed`, and is put back afterwards."""
-    if device.type == "cpu":
-        generator = torch.default_generator
-    else:
-        generators = torch.get_device_module(device).default_generators
-        generator = generators[device.index or 0]
-    before = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(before)
+_LARGEST_CODE = 127
+_FRESH_LARGEST_CODE = 124  # of a row with a new scale: it has room to grow
+_LEAST_SCALE = 2.0**-100  # to divide by: that of a row of zeros is zero
+
+
+def _within(codes: Tensor, most: int) -> Tensor:
+    """Which rows of `codes` (rows, columns) their scale serves: (rows, 1)."""
+    largest = codes.abs().amax(1, keepdim=True)
+    return (largest <= most) & (largest >= 0.75 * _LARGEST_CODE)
+
+
+def _draw(values: Tensor, generator: torch.Generator) -> Tensor:
+    """The whole number below or above each value, with the probabilities that make it right on average."""
+    below = values.floor()
+    return below.add_(torch.rand(values.shape, device=values.device, generator=generator) < values - below)

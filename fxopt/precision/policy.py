@@ -58,8 +58,9 @@ class Precision:
         average, so that an update far smaller than a step of `storage` is not lost; Kahan's keeps what was lost in a
         second bfloat16.
     optimizer_state: how the optimizer's moments are held.
-    cast: how `storage` becomes `compute` in a training forward. It matters for float32 → bfloat16, where nearest
-        rounding hides every update smaller than half a step of bfloat16.
+    cast: how `storage` becomes `compute`. It matters for float32 → bfloat16, where nearest rounding hides every update
+        smaller than half a step of bfloat16. The noise of a stochastic cast is new in each training forward, and in
+        evaluation always the same.
 
     Raises PolicyError for a value or a combination that cannot work.
     """
@@ -225,10 +226,6 @@ class Policy:
         the lost share counts, or where float32 is cast to bfloat16 by nearest rounding the share that the cast hides.
         Stochastic rounding loses none on average, and its cost is noise. Where it would be cheaper than islands, the
         result's `advice` says so and `alternative` is that policy.
-
-        Islands of matrices are cast to bfloat16, stochastically in training but to the nearest in evaluation, which
-        early in fine-tuning hides what was learned; evaluate them in float32 (`fxopt.annotate(copy, "fp32")`). Weights
-        that are stored in bfloat16 and rounded stochastically look the same in both.
 
         model: with its trained weights: what is lost depends on their size. Not sharded.
         batches: keyword arguments of the training call, labels included, on the model's device. The first `steps` are

@@ -19,7 +19,7 @@ from transformers import (
 
 from fxopt.float64 import float64_copy, float64_throughout
 from fxopt.precision.annotate import annotate
-from fxopt.precision.boundaries import cast_stochastically
+from fxopt.precision.boundaries import cast_stochastically, new_noise, still_noise
 from fxopt.precision.policy import Policy, Selector
 from fxopt.precision.presets import policies
 from tests.accuracy import assert_as_accurate
@@ -230,13 +230,14 @@ def test_a_stochastic_cast_is_right_on_average_and_lets_the_gradient_through() -
     step = 2.0**-7
     value = torch.full((100_000,), 1 + 0.3 * step, requires_grad=True)
     torch.manual_seed(0)
-    cast = cast_stochastically(value, BF16)
+    cast = cast_stochastically(value, BF16, new_noise(value))
     assert cast.unique().tolist() == [1.0, 1 + step]
     assert abs((cast.double().mean().item() - 1) / step - 0.3) < 0.01
     cast.sum().backward()
     assert value.grad is not None and value.grad.dtype == FP32 and (value.grad == 1).all()
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -1.5])
-    assert torch.equal(cast_stochastically(special, BF16).nan_to_num(9), special.to(BF16).nan_to_num(9))
+    cast = cast_stochastically(special, BF16, new_noise(special))
+    assert torch.equal(cast.nan_to_num(9), special.to(BF16).nan_to_num(9))
 
 
 def test_stochastic_noise_is_new_each_step_and_repeatable(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -249,7 +250,7 @@ def test_stochastic_noise_is_new_each_step_and_repeatable(llama: LlamaForCausalL
     first, again = two_steps(), two_steps()
     assert not torch.equal(*first)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    llama.eval()  # nothing to train: cast to the nearest
+    llama.eval()
     assert torch.equal(*two_steps())
 
 
@@ -280,3 +281,39 @@ def test_the_stochastic_cast_has_no_dead_zone() -> None:
     annotate(model, "mixed-stochastic")
     mean = torch.stack([model(x).double() for _ in range(3000)]).mean().item()
     assert nearest == 1.0 and abs((mean - 1) * 2**7 - 0.1) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(), (50_000,), (300, 200), (64, 30, 40)])
+def test_evaluation_sees_what_float32_weights_have_learned(shape: tuple[int, ...]) -> None:
+    """The same at each call, and right on average over every row, column and block of weights."""
+    noise = still_noise(torch.Size(shape), torch.device("cpu"))
+    assert torch.equal(noise, still_noise(torch.Size(shape), torch.device("cpu")))
+    assert noise.shape == shape and noise.dtype == torch.int32 and noise.min() >= 0 and noise.max() < 1 << 16
+    if not shape:
+        return
+    weight = torch.full(shape, 1 + 0.1 * 2**-7)
+    moved = (cast_stochastically(weight, BF16, noise).float() - 1) * 2**7
+    assert moved.mean().item() == pytest.approx(0.1, abs=0.002)
+    for dim in range(len(shape)):
+        if shape[dim] >= 100:
+            by_slice = moved.movedim(dim, 0).flatten(1).mean(1) if len(shape) > 1 else moved.view(-1, 500).mean(1)
+            assert (by_slice - 0.1).abs().max() < 0.02
+
+
+def test_evaluation_of_a_mixed_model_follows_its_masters() -> None:
+    """Weights a tenth of a step above bfloat16's grid: linear layer and embedding move outputs by a tenth of a step."""
+    model = nn.Sequential(nn.Embedding(50, 256), nn.Linear(256, 256, bias=False)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter).bfloat16())
+    tokens = torch.arange(50)[None].repeat(3, 1)
+    before = model(tokens).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.1 * 2**-8)
+    annotate(model, "mixed-stochastic").eval()
+    after = model(tokens)
+    assert torch.equal(after, model(tokens))
+    assert torch.equal(after[0], after[2])
+    grown = (after.double() * before).sum() / before.square().sum() - 1
+    assert grown.item() == pytest.approx(0.2 * 2**-8, rel=0.25)

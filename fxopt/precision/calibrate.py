@@ -28,11 +28,12 @@ from fxopt.precision.islands import (
     selectors,
     together,
 )
-from fxopt.precision.monitor import Monitor, RoundingCost
+from fxopt.precision.monitor import Monitor
 from fxopt.precision.optimizer import optimizer
 from fxopt.precision.policy import Policy, PolicyError, Precision, Selector, dtype_name
 from fxopt.precision.presets import resolve
 from fxopt.precision.roles import Role, parameter_roles
+from fxopt.precision.rounding_cost import RoundingCost
 from fxopt.printing import progress_bar
 
 Batch = Mapping[str, Any]

@@ -12,8 +12,9 @@ from torchao.prototype.quantized_training.int8 import Int8QuantizedTrainingLinea
 from transformers import LlamaForCausalLM
 
 from fxopt.precision.annotate import annotate
-from fxopt.precision.monitor import RoundingCost, monitor
+from fxopt.precision.monitor import monitor
 from fxopt.precision.optimizer import Optimizer, optimizer
+from fxopt.precision.rounding_cost import RoundingCost
 
 
 def weight(value: float | None = None, dtype: torch.dtype = torch.bfloat16, size: int = 4096) -> nn.Parameter:

@@ -1,8 +1,10 @@
-"""Whether an optimized model trains as its original does: the loss and every gradient, against float64."""
+"""Whether two models train alike: loss and every gradient against float64, or all parameters bit by bit."""
 
+import torch
 from torch import Tensor, nn
 
 import fxopt
+from fxopt.precision.parameter_storage import is_int8
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -22,3 +24,11 @@ def assert_trains_alike(model, batch, **options):
         batches.append({**turned, **options})
     outcome = fxopt.verify(model, *batches)
     assert outcome.holds, outcome.failures
+
+
+def assert_same_parameters(left: nn.Module, right: nn.Module) -> None:
+    """Bit by bit, int8 codes and scales too."""
+    for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
+        parts = ("int_data", "scale") if is_int8(a) else ("data",)
+        for part in parts:
+            assert torch.equal(getattr(a, part), getattr(b, part)), name

@@ -1,4 +1,4 @@
-"""Methods that one model has its own of: saving and resizing where it is annotated, `forward` where it is optimized.
+"""Methods that one model has its own of: saving, resizing, moving where it is annotated, `forward` if it is optimized.
 
 They are attributes of the model's instance, which copy and pickle with it; no class is patched.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxopt.precision.parameter_storage import is_int8
@@ -71,11 +73,39 @@ class ResizeTokenEmbeddings(_Method):
         return result
 
 
+class Apply(_Method):
+    """torch's `_apply`, behind `model.to` and `model.cuda`: int8 weights that it would not change are left out.
+
+    torch swaps every tensor that is made of others for what became of it, even if that is itself, which fails where
+    something refers to it weakly, as Dynamo's guards do.
+    """
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+        with torch.no_grad():
+            for module in self.model.modules() if recurse else (self.model,):
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None and is_int8(parameter) and fn(parameter) is parameter:
+                        kept.append((module, leaf, parameter))
+        try:
+            for module, leaf, _ in kept:
+                module._parameters[leaf] = None
+            return type(self.model)._apply(self.model, fn, recurse)
+        finally:
+            for module, leaf, parameter in kept:
+                module._parameters[leaf] = parameter
+
+
 def give_methods(model: nn.Module) -> None:
-    """Gives an annotated model those of the methods that its class has."""
+    """Gives an annotated model those of the methods that its class has, and that it needs."""
     for name, method in (("save_pretrained", SavePretrained), ("resize_token_embeddings", ResizeTokenEmbeddings)):
         if hasattr(type(model), name):
             model.__dict__[name] = method(model)
+    if any(is_int8(parameter) for parameter in model.parameters()):
+        from fxopt.precision.quantized import keep_int8
+
+        model.__dict__["_apply"] = Apply(model)
+        keep_int8(model)
 
 
 def saved_policy(model: nn.Module) -> Policy | None:

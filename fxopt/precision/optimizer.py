@@ -173,6 +173,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["previous_grad_norm"] = norm
         if self._in_backward is not None:
+            self._in_backward.attach(self, self._places)  # model.to() may have taken hooks away
             self._in_backward.start_over()
         return loss
 

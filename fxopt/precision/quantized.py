@@ -35,15 +35,76 @@ def quantize_parameter(model: nn.Module, parameter: nn.Parameter, dtype: torch.d
     """Stores a matrix (N, D) of `model` as int8 with a scale for each row; operations see it in `dtype`.
 
     In place: the object stays the same, so weights stay tied and an optimizer keeps it. Only where the compiler holds
-    on to the object, another takes its place throughout `model`, with a warning. Returns the parameter. The first
-    rounding is to the nearest.
+    on to the object, another takes its place throughout `model`, with a warning. Returns the parameter.
     """
-    return _become(model, parameter, Int8Weight.from_float(parameter.detach().to(dtype)))
+    return _become(model, parameter, quantized(parameter.detach().to(dtype)))
 
 
 def dequantize_parameter(model: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     """Stores an int8 weight as a plain (N, D) of `dtype` again, in place as `quantize_parameter` does."""
     return _become(model, parameter, dequantized(parameter, dtype))
+
+
+def quantized(values: Tensor) -> Any:
+    """An int8 weight of `values` (N, D), rounded to the nearest by torchao; its scales have the dtype of `values`.
+
+    A row that int8 can hold exactly is held exactly. So is what was int8 before, and came here by way of a checkpoint.
+    """
+    weight: Any = Int8Weight.from_float(values)
+    scale = _exact_scales(values)
+    is_exact = scale > 0
+    if is_exact.any():
+        codes = (values[is_exact].float() / scale[is_exact, None].float()).round()
+        weight.int_data[is_exact] = codes.clamp(-128, 127).to(torch.int8)
+        weight.scale[is_exact] = scale[is_exact]
+    return weight
+
+
+def _exact_scales(values: Tensor) -> Tensor:
+    """The scale (N,) of each row of `values` (N, D) whose values are all `dequantized` from int8 with it; 0 if none is.
+
+    The largest of a row of int8 is 96 to 128 scales (`fxopt.precision.parameter_storage` keeps it there), and a scale
+    a number of 8 significant bits, or of float32's 24: few enough to try. A few columns rule nearly all of them out.
+    """
+    scales = values.new_zeros(values.shape[0])
+    if values.numel() == 0:
+        return scales
+    bits = torch.int32 if values.dtype == torch.float32 else torch.int16
+    largest = values.abs().amax(1)
+    few = values[:, :: max(1, values.shape[1] // 8)][:, :8]
+    for code in range(128, 95, -1):
+        nearest = (largest.float() / code).to(values.dtype)
+        for step in (-1, 0, 1):  # the largest value is itself rounded
+            scale = (nearest.view(bits) + step).view(values.dtype)
+            is_candidate = (_multiples(few, scale) == few).all(1) & (scales == 0) & (largest > 0)
+            rows = is_candidate.nonzero().squeeze(1)
+            rows = rows[(_multiples(values[rows], scale[rows]) == values[rows]).all(1)]
+            scales[rows] = scale[rows]
+    return scales
+
+
+def _multiples(values: Tensor, scale: Tensor) -> Tensor:
+    """The multiples of `scale` (N,) next to `values` (N, D), rounded to their dtype."""
+    scale = scale.float().unsqueeze(1)
+    return ((values.float() / scale).round() * scale).to(values.dtype)
+
+
+def keep_int8(model: nn.Module) -> None:
+    """`model.load_state_dict` then quantizes plain tensors for int8 weights as `quantized` does.
+
+    torchao would round them stochastically, on a scale of its own.
+    """
+    hooks: Iterable[Any] = model._load_state_dict_pre_hooks.values()
+    if not any(hook.hook is _quantize_loaded for hook in hooks):
+        model.register_load_state_dict_pre_hook(_quantize_loaded)
+
+
+def _quantize_loaded(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        loaded = state_dict.get(prefix + name)
+        is_int8 = isinstance(parameter, Int8Weight) and not isinstance(loaded, Int8Weight)
+        if is_int8 and torch.is_tensor(loaded) and loaded.shape == parameter.shape:
+            state_dict[prefix + name] = quantized(loaded.detach().to(parameter.dtype))
 
 
 def dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,19 +2,15 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from fxopt.precision.optimizer import Optimizer
-
-# One hook a parameter: an optimizer made later takes over.
-_HANDLES: Any = WeakTensorKeyDictionary()
 
 
 class UpdateInBackward:
@@ -28,19 +24,19 @@ class UpdateInBackward:
         self._updated: set[Tensor] = set()
 
     def attach(self, optimizer: "Optimizer", parameters: Iterable[Tensor]) -> None:
-        """Hooks the parameters. The hooks do not keep the optimizer alive."""
-        owner = weakref.ref(optimizer)
-
-        def update(parameter: Tensor) -> None:
-            if (alive := owner()) is not None:
-                self._update(alive, parameter)
-
+        """Hooks the parameters that are trained and have no hook of this optimizer; those of an earlier one go."""
         for parameter in parameters:
-            old: RemovableHandle | None = _HANDLES.get(parameter)
-            if old is not None:
-                old.remove()
+            # Looked up, not kept: an int8 parameter that something refers to weakly could not be moved by `model.to`.
+            hooks = parameter._post_accumulate_grad_hooks
+            ours = {key: hook for key, hook in (hooks or {}).items() if isinstance(hook, _Hook)}
+            if parameter.requires_grad and any(hook.owner() is optimizer for hook in ours.values()):
+                # One that was moved has its dict of hooks still, but no longer calls them: it is told again.
+                parameter._post_accumulate_grad_hooks = hooks
+                continue
+            for key in ours:
+                del hooks[key]
             if parameter.requires_grad:
-                _HANDLES[parameter] = parameter.register_post_accumulate_grad_hook(update)
+                parameter.register_post_accumulate_grad_hook(_Hook(weakref.ref(optimizer), self._update))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -76,6 +72,18 @@ class UpdateInBackward:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_is_paused": False, "_updated": set()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Hook:
+    """Updates a parameter whose gradient is complete. It does not keep the optimizer alive."""
+
+    owner: "weakref.ref[Optimizer]"
+    update: Callable[["Optimizer", Tensor], None]
+
+    def __call__(self, parameter: Tensor) -> None:
+        if (optimizer := self.owner()) is not None:
+            self.update(optimizer, parameter)
 
 
 def _num_ranks() -> int:

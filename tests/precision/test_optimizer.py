@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_cosin
 
 from fxopt.precision.annotate import annotate
 from fxopt.precision.optimizer import Optimizer, optimizer
+from tests.training import assert_same_parameters
 
 Train = Callable[[int], list[float]]
 
@@ -30,11 +31,6 @@ def trainer(model: nn.Module, opt: torch.optim.Optimizer, tokens: Tensor) -> Tra
         return losses
 
     return train
-
-
-def assert_equal(left: nn.Module, right: nn.Module) -> None:
-    for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def vector(value: float = 1.0, dtype: torch.dtype = torch.bfloat16, size: int = 4096) -> nn.Parameter:
@@ -94,7 +90,7 @@ def test_steps_without_a_change_leave_parameters_alone(llama: LlamaForCausalLM) 
     for parameter in llama.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer(llama, lr=0.0).step()
-    assert_equal(llama, before)
+    assert_same_parameters(llama, before)
 
 
 # ----------------------------------------------------------------------------------------------------- state and resume
@@ -137,7 +133,7 @@ def test_resume_continues_bit_by_bit(
     resumed = resume(llama, opt, twin, tmp_path)
     trainer(llama, opt, tokens)(3)
     trainer(twin, resumed, tokens)(3)
-    assert_equal(llama, twin)
+    assert_same_parameters(llama, twin)
 
 
 def test_the_seed_matters_and_repeats(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -145,7 +141,7 @@ def test_the_seed_matters_and_repeats(llama: LlamaForCausalLM, tokens: Tensor) -
     same, other = copy.deepcopy(llama), copy.deepcopy(llama)
     for model, seed in ((llama, 1), (same, 1), (other, 2)):
         trainer(model, optimizer(model, seed=seed), tokens)(2)
-    assert_equal(llama, same)
+    assert_same_parameters(llama, same)
     assert any(not torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
 
 
@@ -164,7 +160,7 @@ def test_copies_train_on_alike(llama: LlamaForCausalLM, tokens: Tensor, clone: C
     twin, twin_opt = clone((llama, opt))  # type: ignore[misc]
     trainer(llama, opt, tokens)(2)
     trainer(twin, twin_opt, tokens)(2)
-    assert_equal(llama, twin)
+    assert_same_parameters(llama, twin)
 
 
 def test_a_state_of_torchs_adamw_is_taken_over(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -254,16 +250,20 @@ def test_schedulers_drive_it(llama: LlamaForCausalLM) -> None:
     assert float(opt.param_groups[0]["lr"]) == 0.5
 
 
-def test_trainer_takes_it(llama: LlamaForCausalLM, tokens: Tensor, tmp_path: Path) -> None:
-    opt = optimizer(annotate(llama, "bf16"), lr=1e-3)
+@pytest.mark.parametrize("policy", ["fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit", "int8"])
+def test_trainer_takes_it_and_resumes_bit_by_bit(
+    policy: str, llama: LlamaForCausalLM, tokens: Tensor, tmp_path: Path
+) -> None:
+    opt = optimizer(annotate(llama, policy), lr=1e-3)
     before = copy.deepcopy(llama)
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     arguments = TrainingArguments(tmp_path, max_steps=4, save_steps=2, report_to=[], use_cpu=True, logging_steps=1)
     Trainer(llama, arguments, train_dataset=rows, optimizers=(opt, None)).train()
-    assert not torch.equal(llama.lm_head.weight, before.lm_head.weight)
+    with pytest.raises(AssertionError):
+        assert_same_parameters(llama, before)
     resumed = Trainer(before, arguments, train_dataset=rows, optimizers=(optimizer(before, lr=1e-3), None))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_equal(llama, before)
+    assert_same_parameters(llama, before)
 
 
 def test_accelerate_prepares_it(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -313,7 +313,7 @@ def test_a_sparse_gradient_is_refused_before_any_change() -> None:
     before = copy.deepcopy(model)
     with pytest.raises(RuntimeError, match=r"the gradient of parameter '0\.weight' is sparse"):
         opt.step()
-    assert_equal(model, before)
+    assert_same_parameters(model, before)
     assert not opt.state
 
 

@@ -1,6 +1,8 @@
 """torchao's int8 weights, int8 products and float8 products in real models."""
 
+import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen3Moe
 from fxopt.precision.annotate import annotate, parameter_precisions
 from fxopt.precision.parameter_storage import is_int8
 from fxopt.precision.policy import FLOAT8, Policy, PolicyError, Selector
-from fxopt.precision.quantized import Int8Weight, dequantized, is_swapped, quantize_parameter
+from fxopt.precision.quantized import Int8Weight, dequantized, is_swapped, quantize_parameter, quantized
 from tests.accuracy import assert_as_accurate
 
 BF16, INT8 = torch.bfloat16, torch.int8
@@ -95,6 +97,38 @@ def test_int8_trains_and_its_state_dict_continues_bit_by_bit(llama: LlamaForCaus
     for a, b in zip(llama.parameters(), resumed.parameters(), strict=True):
         if isinstance(a, Int8Weight):
             assert torch.equal(a.int_data, b.int_data) and torch.equal(a.scale, b.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_what_int8_can_hold_exactly_is_held_exactly(dtype: torch.dtype) -> None:
+    """Codes whose largest is 96 to 127, widened to the dtype of their scale and found again; other rows to the nearest.
+
+    torchao takes the largest value for 127 scales, and so moves the codes of all rows where it is not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-95, 96, (200, 300), generator=generator)
+    codes[torch.arange(200), torch.arange(200)] = torch.randint(96, 128, (200,), generator=generator)
+    scale = (0.01 * torch.rand(200, generator=generator) + 1e-4).to(dtype)
+    before = Int8Weight(codes.to(torch.int8), scale)
+    after = quantized(dequantized(before, dtype))
+    assert torch.equal(after.int_data, before.int_data) and torch.equal(after.scale, before.scale)
+    others = torch.randn(64, 300, generator=generator).to(dtype)
+    others[3], others[5, 7] = 0, torch.nan
+    right = Int8Weight.from_float(others)
+    found = quantized(others)
+    assert torch.equal(found.int_data, right.int_data) and found.scale.equal(right.scale) is False  # NaN
+    assert torch.equal(found.scale.nan_to_num(), right.scale.nan_to_num()) and found.scale[3] == 0
+
+
+def test_an_int8_model_goes_where_it_is(llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    """What Dynamo or anyone else refers to weakly cannot be swapped, as torch's `_apply` does to what is quantized."""
+    annotate(llama, "int8").gradient_checkpointing_enable()
+    refer = [weakref.ref(parameter) for parameter in llama.parameters()]
+    table = llama.lm_head.weight
+    assert llama.to("cpu").lm_head.weight is table and llama.model.embed_tokens.weight is table
+    assert torch.equal(copy.deepcopy(llama).cpu()(tokens).logits, llama(tokens).logits)
+    del refer
+    assert llama.to(torch.float32).lm_head.weight.scale.dtype == torch.float32
 
 
 def test_back_and_forth_keeps_shape_and_notes(llama: LlamaForCausalLM) -> None:

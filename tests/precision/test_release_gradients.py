@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_cosin
 import fxopt
 from fxopt.precision.annotate import annotate
 from fxopt.precision.optimizer import Optimizer, optimizer
+from tests.training import assert_same_parameters
 
 
 def train(model: nn.Module, opt: torch.optim.Optimizer, tokens: Tensor, num_steps: int, **schedule: Any) -> list[float]:
@@ -32,11 +33,6 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, tokens: Tensor, num_step
     return losses
 
 
-def assert_equal(left: nn.Module, right: nn.Module) -> None:
-    for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("policy", ["fp32", "bf16"])
 def test_the_same_training_bit_by_bit(llama: LlamaForCausalLM, tokens: Tensor, policy: str, kind: Any) -> None:
@@ -46,7 +42,7 @@ def test_the_same_training_bit_by_bit(llama: LlamaForCausalLM, tokens: Tensor, p
     released = optimizer(llama, lr=1e-3, kind=kind, release_gradients=True)
     train(llama, released, tokens, 4, schedule=True)
     train(twin, optimizer(twin, lr=1e-3, kind=kind), tokens, 4, schedule=True)
-    assert_equal(llama, twin)
+    assert_same_parameters(llama, twin)
 
 
 def test_gradients_do_not_exist_together(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -72,7 +68,7 @@ def test_an_optimized_model_trains_alike(llama: LlamaForCausalLM, tokens: Tensor
     train(model, optimizer(model, lr=1e-3, release_gradients=True), tokens, 3)
     assert all(parameter.grad is None for parameter in model.parameters())
     train(twin, optimizer(twin, lr=1e-3), tokens, 3)
-    assert_equal(model, twin)
+    assert_same_parameters(model, twin)
 
 
 def test_checkpointing_trains_alike(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -81,7 +77,7 @@ def test_checkpointing_trains_alike(llama: LlamaForCausalLM, tokens: Tensor) -> 
     llama.gradient_checkpointing_enable({"use_reentrant": False})
     train(llama, optimizer(llama, lr=1e-3, release_gradients=True), tokens, 3)
     train(twin, optimizer(twin, lr=1e-3), tokens, 3)
-    assert_equal(llama, twin)
+    assert_same_parameters(llama, twin)
 
 
 def test_accumulation_is_refused_and_has_its_context(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -101,7 +97,7 @@ def test_accumulation_is_refused_and_has_its_context(llama: LlamaForCausalLM, to
             backward(twin, row)
         right.step()
         right.zero_grad()
-    assert_equal(llama, twin)
+    assert_same_parameters(llama, twin)
 
     backward(llama, 0)
     with pytest.raises(RuntimeError, match=r"with optimizer\.no_update\(\):"):
@@ -133,7 +129,7 @@ def test_copies_release_too(llama: LlamaForCausalLM, tokens: Tensor, clone: Call
     assert all(parameter.grad is None for parameter in twin.parameters())
     twin_opt.step()
     train(twin, twin_opt, tokens, 1)
-    assert_equal(llama, twin)
+    assert_same_parameters(llama, twin)
 
 
 def test_resume_continues_bit_by_bit(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -145,7 +141,7 @@ def test_resume_continues_bit_by_bit(llama: LlamaForCausalLM, tokens: Tensor) ->
     resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
     train(llama, opt, tokens, 3)
     train(twin, resumed, tokens, 3)
-    assert_equal(llama, twin)
+    assert_same_parameters(llama, twin)
 
 
 def test_a_later_optimizer_takes_over() -> None:
@@ -189,15 +185,30 @@ def test_a_closure_releases() -> None:
     assert opt.state[parameter]["step"] == 1
 
 
-def test_trainer_takes_it(llama: LlamaForCausalLM, tokens: Tensor, tmp_path: Path) -> None:
-    annotate(llama, "bf16")
+@pytest.mark.parametrize("policy", ["bf16", "int8"])
+def test_trainer_takes_it(policy: str, llama: LlamaForCausalLM, tokens: Tensor, tmp_path: Path) -> None:
+    annotate(llama, policy)
     twin = copy.deepcopy(llama)
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     arguments = TrainingArguments(tmp_path, max_steps=3, report_to=[], use_cpu=True, max_grad_norm=0.0, save_steps=50)
     for model, released in ((llama, True), (twin, False)):
         opt = optimizer(model, lr=1e-3, release_gradients=released)
         Trainer(model, arguments, train_dataset=rows, optimizers=(opt, None)).train()
-    assert_equal(llama, twin)
+    assert_same_parameters(llama, twin)
+
+
+def test_a_model_that_was_moved_releases_again(llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    """What int8 weights are moved to has no hooks: the next step updates them, and they are hooked anew."""
+    opt = optimizer(annotate(llama, "int8"), release_gradients=True)
+    llama._apply(torch.clone)  # as llama.to(another device) does
+    missing = []
+    for _ in range(2):
+        llama(input_ids=tokens, labels=tokens).loss.backward()
+        missing.append(sum(parameter.grad is not None for parameter in llama.parameters()))
+        opt.step()
+        opt.zero_grad()
+    assert missing[0] > 0 and missing[1] == 0
+    assert {float(state["step"]) for state in opt.state.values()} == {2.0}
 
 
 # ------------------------------------------------------------------------------------------------------------- clipping

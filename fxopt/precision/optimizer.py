@@ -95,7 +95,8 @@ class Optimizer(torch.optim.Optimizer):
 
     release_gradients: each parameter is updated inside backward, as soon as its gradient is complete, and the gradient
         is freed. `step()` then only updates what backward has left, and counts the step. Gradients of several backward
-        passes are summed under `no_update()`.
+        passes are summed under `no_update()`. Who clips between backward and step finds none: Trainer's `max_grad_norm`
+        has no effect, and logs a norm of 0; `clip_grad_norm` has.
     clip_grad_norm: the largest norm of the gradients; None for no clipping.
     clip_by: "global", `torch.nn.utils.clip_grad_norm_` over all parameters, at the head of `step()`. With released
         gradients that norm is known too late; there is "previous", which scales by the global norm of the step before
@@ -346,8 +347,10 @@ class _Kept:
 
 def _rounding_and_state(precision: Precision | None) -> dict[str, Any]:
     if precision is None:
-        return {"rounding": "nearest", "optimizer_state": "float32"}
-    return {"rounding": precision.rounding, "optimizer_state": precision.optimizer_state}
+        return {"rounding": "stochastic", "optimizer_state": "float32"}
+    # What is stored in float32 is not rounded; but should a policy that comes later store it in bfloat16, it must be.
+    rounding = "stochastic" if precision.storage == torch.float32 else precision.rounding
+    return {"rounding": rounding, "optimizer_state": precision.optimizer_state}
 
 
 def _is_muons(parameter: Tensor, role: Role) -> bool:

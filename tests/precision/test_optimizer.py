@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
+import fxopt
 from fxopt.precision.annotate import annotate
 from fxopt.precision.optimizer import Optimizer, optimizer
 from tests.training import assert_same_parameters
@@ -171,7 +172,7 @@ def test_a_state_of_torchs_adamw_is_taken_over(llama: LlamaForCausalLM, tokens: 
     opt = optimizer(llama, lr=7.0)
     opt.load_state_dict(copy.deepcopy(torchs.state_dict()))
     assert trainer(llama, opt, tokens)(3) == pytest.approx(trainer(twin, torchs, tokens)(3), rel=1e-5)
-    assert opt.param_groups[0]["rounding"] == "nearest"
+    assert opt.param_groups[0]["rounding"] == "stochastic"
 
 
 def test_hooks_on_loading_are_kept(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -202,10 +203,12 @@ def test_groups_follow_the_roles(llama: LlamaForCausalLM) -> None:
     assert decayed["rounding"] == exempt["rounding"] == "stochastic"
 
 
-def test_a_model_never_annotated_is_rounded_by_its_storage(llama: LlamaForCausalLM) -> None:
-    assert [group["rounding"] for group in optimizer(llama).param_groups] == ["nearest"]
-    llama.to(torch.bfloat16)
-    assert [group["rounding"] for group in optimizer(llama).param_groups] == ["stochastic"]
+def test_an_optimizer_made_before_its_policy_loses_no_update(llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    opt = optimizer(llama, lr=1e-5, weight_decay=0.0)
+    annotate(llama, "bf16")
+    watched = fxopt.monitor(opt, llama)
+    trainer(llama, opt, tokens)(3)
+    assert all(row.rounding == "stochastic" and row.lost < 0.05 for row in watched.rows)
 
 
 def test_parameters_without_a_gradient_are_left_alone() -> None:

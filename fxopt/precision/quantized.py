@@ -58,7 +58,7 @@ def quantized(values: Tensor) -> Any:
     is_exact = scale > 0
     if is_exact.any():
         codes = (values[is_exact].float() / scale[is_exact, None].float()).round()
-        weight.int_data[is_exact] = codes.clamp(-128, 127).to(torch.int8)
+        weight.int_data[is_exact] = codes.to(torch.int8)
         weight.scale[is_exact] = scale[is_exact]
     return weight
 
@@ -66,7 +66,7 @@ def quantized(values: Tensor) -> Any:
 def _exact_scales(values: Tensor) -> Tensor:
     """The scale (N,) of each row of `values` (N, D) whose values are all `dequantized` from int8 with it; 0 if none is.
 
-    The largest of a row of int8 is 96 to 128 scales (`fxopt.precision.parameter_storage` keeps it there), and a scale
+    The largest of a row of int8 is 96 to 127 scales (`fxopt.precision.parameter_storage` keeps it there), and a scale
     a number of 8 significant bits, or of float32's 24: few enough to try. A few columns rule nearly all of them out.
     """
     scales = values.new_zeros(values.shape[0])
@@ -75,11 +75,12 @@ def _exact_scales(values: Tensor) -> Tensor:
     bits = torch.int32 if values.dtype == torch.float32 else torch.int16
     largest = values.abs().amax(1)
     few = values[:, :: max(1, values.shape[1] // 8)][:, :8]
-    for code in range(128, 95, -1):
+    for code in range(127, 95, -1):
         nearest = (largest.float() / code).to(values.dtype)
         for step in (-1, 0, 1):  # the largest value is itself rounded
             scale = (nearest.view(bits) + step).view(values.dtype)
-            is_candidate = (_multiples(few, scale) == few).all(1) & (scales == 0) & (largest > 0)
+            fits = (scales == 0) & (largest > 0) & ((largest.float() / scale.float()).round() <= 127)
+            is_candidate = (_multiples(few, scale) == few).all(1) & fits
             rows = is_candidate.nonzero().squeeze(1)
             rows = rows[(_multiples(values[rows], scale[rows]) == values[rows]).all(1)]
             scales[rows] = scale[rows]

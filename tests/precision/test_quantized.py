@@ -113,7 +113,7 @@ def test_what_int8_can_hold_exactly_is_held_exactly(dtype: torch.dtype) -> None:
     after = quantized(dequantized(before, dtype))
     assert torch.equal(after.int_data, before.int_data) and torch.equal(after.scale, before.scale)
     others = torch.randn(64, 300, generator=generator).to(dtype)
-    others[3], others[5, 7] = 0, torch.nan
+    others[3], others[4], others[5, 7] = 0, 1, torch.nan
     right = Int8Weight.from_float(others)
     found = quantized(others)
     assert torch.equal(found.int_data, right.int_data) and found.scale.equal(right.scale) is False  # NaN

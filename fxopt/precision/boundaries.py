@@ -111,7 +111,8 @@ def _hook(module: nn.Module, boundary: Boundary) -> None:
     _keep(
         module,
         module.register_forward_pre_hook(_enter, with_kwargs=True),
-        module.register_forward_hook(_leave, always_call=True, prepend=True),  # earlier hooks see the parameters
+        # Earlier hooks see the parameters.
+        module.register_forward_hook(_leave, with_kwargs=True, always_call=True, prepend=True),
     )
 
 
@@ -135,15 +136,14 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return _cast_all(args, boundary.inputs), _cast_all(kwargs, boundary.inputs)
 
 
-def _leave(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+def _leave(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     boundary: Boundary = module._fxopt_boundary
     if not boundary.looks_up:
         _take_back(module)
     if boundary.outputs is None:
         return output
     if boundary.rounds_outputs_stochastically and isinstance(output, Tensor):
-        # Still noise is that of a column: a row of the table is rounded alike wherever in a batch it is looked up.
-        noise = new_noise(output) if module.training else still_noise(output.shape[-1:], output.device)
+        noise = new_noise(output) if module.training else _still_noise_of_rows(output, (*args, *kwargs.values()))
         return cast_stochastically(output, boundary.outputs, noise)
     return _cast_all(output, boundary.outputs)
 
@@ -227,9 +227,22 @@ def still_noise(shape: torch.Size, device: torch.device) -> Tensor:
     the fractions of row · 0.7549 + column · 0.5698, in units of 2⁻¹⁶.
     """
     num_columns = shape[-1] if shape else 1
-    columns = torch.arange(num_columns, dtype=torch.int32, device=device) * 37345
-    rows = torch.arange(shape[:-1].numel(), dtype=torch.int32, device=device) * 49472
-    return ((rows[:, None] + columns) & ((1 << 16) - 1)).view(shape)
+    return _noise_of_rows(torch.arange(shape[:-1].numel(), device=device), num_columns).view(shape)
+
+
+def _still_noise_of_rows(output: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    """`still_noise` of the rows of a table that were looked up: as its matrix is rounded where it is the head's too."""
+    for rows in inputs:
+        is_index = isinstance(rows, Tensor) and not rows.is_floating_point() and rows.shape == output.shape[:-1]
+        if is_index:
+            return _noise_of_rows(rows, output.shape[-1])
+    return still_noise(output.shape, output.device)  # of a lookup that works its indices out itself
+
+
+def _noise_of_rows(rows: Tensor, num_columns: int) -> Tensor:
+    """(...) → int32 (..., num_columns). Half a step at the origin: a single number is rounded to the nearest."""
+    columns = torch.arange(num_columns, dtype=torch.int32, device=rows.device) * 37345 + (1 << 15)
+    return (rows.to(torch.int32).unsqueeze(-1) * 49472 + columns) & ((1 << 16) - 1)
 
 
 # Who reads the parameters of another module --------------------------------------------------------------------------

@@ -150,6 +150,7 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_options(group)
+            optimizer_states.load(group["optimizer_state"])
             for place, parameter in enumerate(group["params"]):
                 if parameter.requires_grad:
                     _check_parameter(parameter, group, place)

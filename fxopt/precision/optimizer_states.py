@@ -38,6 +38,12 @@ def quantized_zeros(like: Tensor, states: OptimizerState, *, signed: bool) -> Te
     return _state_class(states).zeros(shape, **options)
 
 
+def load(states: OptimizerState) -> None:
+    """Imports torchao's class, without which `torch.load` refuses a state that has such tensors in it."""
+    if states != "float32":
+        _state_class(states)
+
+
 @functools.cache
 def _state_class(states: OptimizerState) -> Any:
     """torchao's class; it is taught to be cloned, which `copy.deepcopy` of an optimizer or of its state asks for."""

@@ -290,7 +290,9 @@ def test_evaluation_sees_what_float32_weights_have_learned(shape: tuple[int, ...
     assert torch.equal(noise, still_noise(torch.Size(shape), torch.device("cpu")))
     assert noise.shape == shape and noise.dtype == torch.int32 and noise.min() >= 0 and noise.max() < 1 << 16
     if not shape:
+        assert noise == 1 << 15  # to the nearest
         return
+    assert noise.view(-1)[0] == 1 << 15
     weight = torch.full(shape, 1 + 0.1 * 2**-7)
     moved = (cast_stochastically(weight, BF16, noise).float() - 1) * 2**7
     assert moved.mean().item() == pytest.approx(0.1, abs=0.002)
@@ -298,6 +300,19 @@ def test_evaluation_sees_what_float32_weights_have_learned(shape: tuple[int, ...
         if shape[dim] >= 100:
             by_slice = moved.movedim(dim, 0).flatten(1).mean(1) if len(shape) > 1 else moved.view(-1, 500).mean(1)
             assert (by_slice - 0.1).abs().max() < 0.02
+
+
+def test_a_table_is_looked_up_in_evaluation_as_its_head_sees_it(llama: LlamaForCausalLM) -> None:
+    """Rows are rounded by their number, not by where they are looked up, and no column always in one direction."""
+    table = llama.model.embed_tokens
+    with torch.no_grad():
+        table.weight.copy_(1 + torch.rand_like(table.weight))
+    annotate(llama, "mixed-stochastic").eval()
+    whole = cast_stochastically(table.weight, BF16, still_noise(table.weight.shape, table.weight.device))
+    tokens = torch.tensor([[3, 5, 3], [95, 0, 5]])
+    assert torch.equal(table(tokens), whole[tokens]) and torch.equal(table(input=tokens[:, 1:]), whole[tokens[:, 1:]])
+    error = (table(torch.arange(96)).float() - table.weight) * 2**7
+    assert error.mean(0).abs().max() < 0.1 and error.mean(1).abs().max() < 0.2
 
 
 def test_evaluation_of_a_mixed_model_follows_its_masters() -> None:

@@ -66,7 +66,9 @@ def place_boundaries(model: nn.Module, precisions: Mapping[nn.Parameter, Precisi
         if lent:
             lenders[module] = tuple(leaf for leaf, _ in lent)
         is_island = compute != stream
-        looks_up = module not in heads and (module in embeddings or isinstance(module, nn.Embedding))
+        # Not a table of positions with a forward of its own, whose rows nobody knows; it is small, and cast whole.
+        is_table = type(module).forward is nn.Embedding.forward
+        looks_up = module not in heads and (module in embeddings or is_table)
         # Logits may stay as wide as they are, and what the whole model returns is no activation.
         casts_outputs = looks_up or (is_island and module not in heads and module is not model)
         inputs, outputs = None if looks_up else compute, stream if casts_outputs else None
@@ -205,6 +207,9 @@ def cast_stochastically(value: Tensor, dtype: torch.dtype, noise: Tensor) -> Ten
         return value.to(dtype)
     exact = value.detach()  # not under no_grad, which in a graph would keep rules from what lies around it
     rounded = ((exact.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    if not (value.requires_grad and torch.is_grad_enabled()):
+        # Infinities, and a NaN that arithmetic makes, have no bits that noise could carry from.
+        return rounded.to(dtype)
     correction = torch.where(exact.isfinite(), rounded - exact, 0.0)
     # Exact: both lie on float32's grid, less than a step of bfloat16 apart.
     return (value + correction).to(dtype)

@@ -74,26 +74,33 @@ class ResizeTokenEmbeddings(_Method):
 
 
 class Apply(_Method):
-    """torch's `_apply`, behind `model.to` and `model.cuda`: int8 weights that it would not change are left out.
+    """torch's `_apply`, behind `model.to` and `model.cuda`, without int8 weights, which are converted here.
 
     torch swaps every tensor that is made of others for what became of it, even if that is itself, which fails where
     something refers to it weakly, as Dynamo's guards do.
     """
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-        with torch.no_grad():
-            for module in self.model.modules() if recurse else (self.model,):
-                for leaf, parameter in module._parameters.items():
-                    if parameter is not None and is_int8(parameter) and fn(parameter) is parameter:
-                        kept.append((module, leaf, parameter))
+        from fxopt.precision.quantized import become
+
+        places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for module in self.model.modules() if recurse else (self.model,):
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and is_int8(parameter):
+                    places.append((module, leaf, parameter))
+        for parameter in dict.fromkeys(parameter for _, _, parameter in places):
+            with torch.no_grad():
+                converted = fn(parameter)
+            if converted is not parameter:
+                become(self.model, parameter, converted)
+        kept = [(module, leaf, module._parameters[leaf]) for module, leaf, _ in places]
         try:
             for module, leaf, _ in kept:
                 module._parameters[leaf] = None
             return type(self.model)._apply(self.model, fn, recurse)
         finally:
-            for module, leaf, parameter in kept:
-                module._parameters[leaf] = parameter
+            for module, leaf, now in kept:
+                module._parameters[leaf] = now
 
 
 def give_methods(model: nn.Module) -> None:

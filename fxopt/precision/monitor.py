@@ -60,11 +60,11 @@ class Monitor:
 
     def close(self) -> None:
         """Stops watching; what was measured stays."""
+        if isinstance(self.optimizer, Optimizer) and self._handles:
+            self.optimizer.remove_update_observer(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if isinstance(self.optimizer, Optimizer):
-            self.optimizer.remove_update_observer(self)
 
     @property
     def rows(self) -> tuple[RoundingCost, ...]:
@@ -102,12 +102,14 @@ class Monitor:
 
         figure = Figure(figsize=(8, 6), layout="constrained")
         lost, ratio = figure.subplots(2, 1, sharex=True)
-        for name, history in self.to_dict()["history"].items():
+        histories = self.to_dict()["history"]
+        for name, history in histories.items():
             steps = range(1, len(history["lost"]) + 1)
             lost.plot(steps, history["lost"], label=name, marker="." if len(steps) < 50 else "")
             ratio.plot(steps, history["update_to_weight"], label=name, marker="." if len(steps) < 50 else "")
         lost.set(ylabel="share of updates lost to rounding", ylim=(-0.02, 1.02))
-        ratio.set(ylabel="update to weight", xlabel="step", yscale="log")
+        moved = any(value > 0 for history in histories.values() for value in history["update_to_weight"])
+        ratio.set(ylabel="update to weight", xlabel="step", yscale="log" if moved else "linear")
         lost.legend(frameon=False)
         figure.savefig(path)
 

@@ -112,8 +112,8 @@ class _Int8Rows:
     def write(self, start: int, values: Tensor) -> None:
         rows = self._rows(start, start + values.numel())
         generator = torch.Generator(values.device).manual_seed(noise_key(self._key, start, 0))
-        scale = rows.scale.float().view(-1, 1).clamp_min(_LEAST_SCALE)
-        codes = values.view(-1, self.alignment) / scale
+        scale = _divisor(rows.scale.float().view(-1, 1))
+        codes = values.view(-1, self.alignment).div_(scale)
         fits = _within(codes, _LARGEST_CODE + 1)
         codes = torch.where(fits, _draw(codes, generator), codes)
         # A code that was drawn too large is rounded again as it was drawn: had the value been taken instead, only what
@@ -122,7 +122,7 @@ class _Int8Rows:
         if values.device.type != "cpu" or not fits.all():  # a GPU is not asked: that would wait for it
             fresh = codes.abs().amax(1, keepdim=True) * scale / _FRESH_LARGEST_CODE
             fresh = fresh.to(rows.scale.dtype).float()
-            codes = torch.where(fits, codes, _draw(codes * (scale / fresh.clamp_min(_LEAST_SCALE)), generator))
+            codes = torch.where(fits, codes, _draw(codes * (scale / _divisor(fresh)), generator))
             scale = torch.where(fits, scale, fresh)
         rows.int_data.copy_(codes)
         rows.scale.copy_(scale.view(-1))
@@ -136,12 +136,16 @@ class _Int8Rows:
 
 _LARGEST_CODE = 127
 _FRESH_LARGEST_CODE = 124  # of a row with a new scale: it has room to grow
-_LEAST_SCALE = 2.0**-100  # to divide by: that of a row of zeros is zero
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """`scale`, but 1 for a row of zeros, which has none."""
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def _within(codes: Tensor, most: int) -> Tensor:
     """Which rows of `codes` (rows, columns) their scale serves: (rows, 1)."""
-    largest = codes.abs().amax(1, keepdim=True)
+    largest = torch.linalg.vector_norm(codes, torch.inf, 1, keepdim=True)
     return (largest <= most) & (largest >= 0.75 * _LARGEST_CODE)
 
 

@@ -38,12 +38,12 @@ def quantize_parameter(model: nn.Module, parameter: nn.Parameter, dtype: torch.d
     In place: the object stays the same, so weights stay tied and an optimizer keeps it. Only where the compiler holds
     on to the object, another takes its place throughout `model`, with a warning. Returns the parameter.
     """
-    return _become(model, parameter, quantized(parameter.detach().to(dtype)))
+    return become(model, parameter, quantized(parameter.detach().to(dtype)))
 
 
 def dequantize_parameter(model: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     """Stores an int8 weight as a plain (N, D) of `dtype` again, in place as `quantize_parameter` does."""
-    return _become(model, parameter, dequantized(parameter, dtype))
+    return become(model, parameter, dequantized(parameter, dtype))
 
 
 def quantized(values: Tensor) -> Any:
@@ -117,7 +117,8 @@ def dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (held.int_data.float() * held.scale.float().unsqueeze(1)).to(dtype)
 
 
-def _become(model: nn.Module, parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+def become(model: nn.Module, parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """Gives a parameter of `model` another content, int8 or plain, as `quantize_parameter` says."""
     gradient, parameter.grad = parameter.grad, None
     new = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
     new.__dict__.update({n: noted for n, noted in vars(parameter).items() if n not in ("int_data", "scale")})
@@ -135,7 +136,7 @@ def _become(model: nn.Module, parameter: nn.Parameter, value: Tensor) -> nn.Para
             stacklevel=5,
         )
     if gradient is not None:
-        new.grad = gradient.to(new.dtype)
+        new.grad = gradient.to(new.device, new.dtype)
     return new
 
 
@@ -188,6 +189,11 @@ _torchao_linear = Int8Weight._TORCH_FN_TABLE[Int8Weight][F.linear]
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     # torchao's backward views both as matrices, which fails for what was transposed (Mamba's scan).
     return _ContiguousGradient.apply(_torchao_linear(func, types, (args[0].contiguous(), *args[1:]), kwargs))
+
+
+@Int8Weight.implements(torch.ops.aten.is_pinned.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
+    return bool(args[0].int_data.is_pinned())  # torch.distributed.checkpoint asks
 
 
 def _embedding(

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
     GPT2Config,
     LlamaForCausalLM,
     MambaConfig,
@@ -313,6 +315,17 @@ def test_a_table_is_looked_up_in_evaluation_as_its_head_sees_it(llama: LlamaForC
     assert torch.equal(table(tokens), whole[tokens]) and torch.equal(table(input=tokens[:, 1:]), whole[tokens[:, 1:]])
     error = (table(torch.arange(96)).float() - table.weight) * 2**7
     assert error.mean(0).abs().max() < 0.1 and error.mean(1).abs().max() < 0.2
+
+
+def test_positions_are_looked_up_in_evaluation_alike_in_every_batch() -> None:
+    """BART's table is asked with tokens and works the positions out itself."""
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 60}
+    torch.manual_seed(0)
+    model = BartForCausalLM(BartConfig(**sizes, max_position_embeddings=40))
+    annotate(model, "mixed-stochastic").eval()
+    table = model.model.decoder.embed_positions
+    tokens = torch.randint(4, 60, (3, 12))
+    assert torch.equal(table(tokens)[0], table(tokens[1:])[0]) and table(tokens).dtype == BF16
 
 
 def test_evaluation_of_a_mixed_model_follows_its_masters() -> None:

@@ -213,8 +213,19 @@ def test_closures_and_close() -> None:
     own = Optimizer([parameter])
     seen = monitor(own)
     seen.close()
+    seen.close()
     own.step(closure)  # type: ignore[arg-type]
     assert seen.rows == ()
+
+
+def test_updates_that_are_no_numbers_are_drawn_too(tmp_path: Path) -> None:
+    parameter = weight()
+    opt = Optimizer([parameter])
+    seen = monitor(opt)
+    parameter.grad = torch.full_like(parameter, torch.nan)
+    opt.step()
+    seen.plot(tmp_path / "rounding.png")
+    assert (tmp_path / "rounding.png").stat().st_size > 1000
 
 
 def test_what_is_shown(tmp_path: Path) -> None:

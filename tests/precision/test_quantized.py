@@ -3,12 +3,14 @@
 import copy
 import io
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fxopt.precision.annotate import annotate, parameter_precisions
@@ -16,6 +18,7 @@ from fxopt.precision.parameter_storage import is_int8
 from fxopt.precision.policy import FLOAT8, Policy, PolicyError, Selector
 from fxopt.precision.quantized import Int8Weight, dequantized, is_swapped, quantize_parameter, quantized
 from tests.accuracy import assert_as_accurate
+from tests.training import assert_same_parameters
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
@@ -127,8 +130,19 @@ def test_an_int8_model_goes_where_it_is(llama: LlamaForCausalLM, tokens: Tensor)
     table = llama.lm_head.weight
     assert llama.to("cpu").lm_head.weight is table and llama.model.embed_tokens.weight is table
     assert torch.equal(copy.deepcopy(llama).cpu()(tokens).logits, llama(tokens).logits)
-    del refer
-    assert llama.to(torch.float32).lm_head.weight.scale.dtype == torch.float32
+    with pytest.warns(UserWarning, match="became other objects"):
+        assert llama.to(torch.float32).lm_head.weight.scale.dtype == torch.float32
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight and len(refer) == len(list(llama.parameters()))
+
+
+def test_int8_weights_go_through_distributed_checkpoints(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    annotate(llama, "int8")
+    right = copy.deepcopy(llama)
+    checkpoint.save(llama.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    state = annotate(LlamaForCausalLM(llama.config), "int8").state_dict()
+    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    llama.load_state_dict(state)
+    assert_same_parameters(llama, right)
 
 
 def test_back_and_forth_keeps_shape_and_notes(llama: LlamaForCausalLM) -> None:

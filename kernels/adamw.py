@@ -158,12 +158,11 @@ def has_kernel(device: torch.device, rounding: Rounding) -> bool:
 def workspace_bytes(numel: int, *, stochastic: bool, num_states: int = 0) -> int:
     """What the update of `numel` elements of two bytes holds at most beside its arguments, on the CPU.
 
-    It goes through float32 copies of a chunk, and draws the noise of a step; with quantized states, of which there are
-    `num_states` for each element, one after the other.
+    It goes through float32 copies of a chunk, and draws the noise of a step; quantized states, of which there are
+    `num_states` for each element, through copies too, and through indices of 8 bytes and codes of 4.
     """
-    copies = 4 * (2 + num_states) * min(numel, CHUNK_NUMEL)
-    noise = NOISE_NUMEL * 6 if stochastic else 0
-    return max(copies, noise) if num_states else copies + noise
+    copies = (4 * (2 + num_states) + (12 if num_states else 0)) * min(numel, CHUNK_NUMEL)
+    return copies + (NOISE_NUMEL * 6 if stochastic else 0)
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,14 @@ class QuantizedMoment:
     """A moment in 8 bits.
 
     codes (...) uint8, of N elements; scale (N / 256,) float32; values (256,) float32, ascending.
-    buckets (2¹⁶,) int32, by the upper 16 bits of a float: `bucket >> 17` is its code, or the next one if bit 16 is set
-    and the float not below a bound; the lower 16 bits are the bound's.
+    thresholds (2¹⁶,) int32, by the upper 16 bits of a float: with its lower 16 bits added, which are inverted first if
+    it is negative, its code is in the upper 16 bits.
     """
 
     codes: Tensor
     scale: Tensor
     values: Tensor
-    buckets: Tensor
+    thresholds: Tensor
 
 
 @triton.jit
@@ -61,22 +61,21 @@ def _dequantize(codes_ptr, scale_ptr, values_ptr, offsets, rows, mask):
 
 
 @triton.jit
-def _quantize(moment, codes_ptr, scale_ptr, buckets_ptr, offsets, rows, mask):
+def _quantize(moment, codes_ptr, scale_ptr, thresholds_ptr, offsets, rows, mask):
     """Stores a moment (ROWS, 256). A NaN spreads over its block, as it does in torchao."""
     scale = tl.maximum(tl.max(tl.abs(moment), 1), 1e-12)
     scale = tl.where(tl.max((moment != moment).to(tl.int32), 1) > 0, float("nan"), scale)[:, None]
     share = divide(moment, tl.broadcast_to(scale, moment.shape))
     bits = share.to(tl.int32, bitcast=True)
-    bucket = tl.load(buckets_ptr + ((bits >> 16) & 0xFFFF))
-    bound = ((bits & -65536) | (bucket & 0xFFFF)).to(tl.float32, bitcast=True)
-    codes = (bucket >> 17) + ((bucket >> 16) & (share >= bound).to(tl.int32))
+    bits ^= (bits >> 31) & 0xFFFF
+    codes = (tl.load(thresholds_ptr + ((bits >> 16) & 0xFFFF)) + (bits & 0xFFFF)) >> 16
     tl.store(codes_ptr + offsets, codes.to(tl.uint8), mask=mask)
     tl.store(scale_ptr + rows, scale, mask=mask)
 
 
 @triton.jit
 def _adamw_8bit_kernel(
-    table_ptr, owner_ptr, m_values_ptr, v_values_ptr, m_buckets_ptr, v_buckets_ptr,
+    table_ptr, owner_ptr, m_values_ptr, v_values_ptr, m_thresholds_ptr, v_thresholds_ptr,
     decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, NUMEL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +104,8 @@ def _adamw_8bit_kernel(
             p, g, m, v, random[part],
             decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps, STOCHASTIC,
         )  # fmt: skip
-        _quantize(m, m_codes_ptr, m_scale_ptr, m_buckets_ptr, offsets, rows, mask)
-        _quantize(v, v_codes_ptr, v_scale_ptr, v_buckets_ptr, offsets, rows, mask)
+        _quantize(m, m_codes_ptr, m_scale_ptr, m_thresholds_ptr, offsets, rows, mask)
+        _quantize(v, v_codes_ptr, v_scale_ptr, v_thresholds_ptr, offsets, rows, mask)
         tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
 
 
@@ -134,7 +133,7 @@ def foreach_adamw_8bit_(
 ) -> None:
     """Updates `params` and both moments in place; arguments as those of `foreach_adamw_`, moments as at the top.
 
-    `has_kernel` holds for each parameter. The moments of a kind share `values` and `buckets`.
+    `has_kernel` holds for each parameter. The moments of a kind share `values` and `thresholds`.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
@@ -155,7 +154,7 @@ def foreach_adamw_8bit_(
         m, v = exp_avgs[places[0]], exp_avg_sqs[places[0]]
         launch(
             _adamw_8bit_kernel, (owner.numel(),),
-            table_on(param.device, rows), owner, m.values, v.values, m.buckets, v.buckets,
+            table_on(param.device, rows), owner, m.values, v.values, m.thresholds, v.thresholds,
             *coefficients(step_count, hyper),
             PARAM=triton_type(param), GRAD=triton_type(grad), STOCHASTIC=is_stochastic(param, rounding),
             NUMEL=NUMEL, ROWS=ROWS,

@@ -59,10 +59,21 @@ def step_noise(seed: int, step: int, device: torch.device) -> Tensor:
     return draws.view(torch.int16).to(torch.int32).bitwise_and_((1 << 16) - 1).to(device)
 
 
+@functools.lru_cache(maxsize=1)
+def step_uniform(seed: int, step: int) -> Tensor:
+    """`step_noise` as (NOISE_NUMEL,) float32 in [0, 1), on the CPU."""
+    return step_noise(seed, step, torch.device("cpu")) / (1 << 16)
+
+
+def noise_slice(noise: Tensor, numel: int, key: int) -> Tensor:
+    """`numel` < NOISE_NUMEL elements of the step's noise, from a place that `key` draws."""
+    start = key % (NOISE_NUMEL - numel + 1)
+    return noise[start : start + numel]
+
+
 def add_noise_(bits: Tensor, noise: Tensor, key: int) -> None:
-    """Adds a slice of `step_noise`, at the place that `key` draws, to float32 bits: (n,) int32, n < NOISE_NUMEL."""
-    start = key % (NOISE_NUMEL - bits.numel() + 1)
-    bits.add_(noise[start : start + bits.numel()])
+    """Adds a slice of `step_noise` to float32 bits: (n,) int32, n < NOISE_NUMEL."""
+    bits.add_(noise_slice(noise, bits.numel(), key))
 
 
 def cut_(bits: Tensor) -> None:

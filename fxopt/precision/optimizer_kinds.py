@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.kernels import adamw_8bit
-from fxopt.kernels.adamw import Hyper, foreach_adamw_
+from fxopt.kernels.adamw import CHUNK_NUMEL, Hyper, foreach_adamw_
 from fxopt.kernels.rounding import Rounding
 from fxopt.precision import optimizer_states
 from fxopt.precision.parameter_storage import is_int8, local, storage_of
@@ -21,8 +21,7 @@ Kind = Literal["adamw", "sgd", "adafactor", "muon"]
 Group = dict[str, Any]
 State = dict[str, Any]
 
-# Elements that pass through float32 scratch at a time where states are quantized or weights are int8.
-CHUNK_NUMEL = 1 << 17  # they stay in the CPU's cache
+# Elements that pass through float32 scratch at a time on a GPU, where states are quantized or weights are int8.
 GPU_CHUNK_NUMEL = 1 << 22  # launches cost more than what a few of its elements take
 
 
@@ -75,14 +74,16 @@ class AdamWRule:
     def update(self, items: Sequence[Item], group: Group) -> None:
         plain: list[Item] = []
         in_8_bits: list[Item] = []
+        in_chunks: list[Item] = []
         for item in items:
             moment = local(item.state["exp_avg"])
             if _has_8bit_kernel(item, moment, group["rounding"]):
                 in_8_bits.append(item)
             elif is_int8(item.parameter) or optimizer_states.is_quantized(moment):
-                self._update_in_chunks(item, group)
+                in_chunks.append(item)
             else:
                 plain.append(item)
+        self._update_in_chunks(in_chunks, group)
         compensations = [item.state.get("compensation") for item in plain]
         foreach_adamw_(
             **_arguments(plain),
@@ -102,33 +103,54 @@ class AdamWRule:
             seed=group["seed"],
         )
 
-    def _update_in_chunks(self, item: Item, group: Group) -> None:
-        storage = item.storage(group)
-        gradient = item.gradient.reshape(-1)
-        moments = [local(item.state[name]) for name in self.signed]
-        numel = gradient.numel()
-        aligned = math.lcm(storage.alignment, *(getattr(moment, "block_size", 1) for moment in moments))
-        most = CHUNK_NUMEL if gradient.device.type == "cpu" else GPU_CHUNK_NUMEL
-        chunk = max(aligned, most // aligned * aligned)
-        for start in range(0, numel, chunk):
-            stop = min(start + chunk, numel)
-            values = storage.read(start, stop)
-            m, v = (optimizer_states.read(moment, start, stop) for moment in moments)
-            foreach_adamw_(
-                [values],
-                [gradient[start:stop].float()],
-                [m],
-                [v],
-                [item.state["step"]],
-                **_adamw_options(group),
-                rounding="nearest",
-                seed=0,
-                indices=[0],
-            )
-            optimizer_states.write(moments[0], start, m)
-            optimizer_states.write(moments[1], start, v)
-            storage.write(start, values)
-        storage.finish()
+    def _update_in_chunks(self, items: Sequence[Item], group: Group) -> None:
+        scratch: dict[torch.device, _Scratch] = {}
+        for item in items:
+            storage, moments = item.storage(group), [local(item.state[name]) for name in self.signed]
+            gradient = item.gradient.reshape(-1)
+            numel, device = gradient.numel(), gradient.device
+            aligned = math.lcm(storage.alignment, *(getattr(moment, "block_size", 1) for moment in moments))
+            most = CHUNK_NUMEL if device.type == "cpu" else GPU_CHUNK_NUMEL
+            chunk = max(aligned, most // aligned * aligned)
+            if device not in scratch or scratch[device].numel < min(chunk, numel):
+                scratch[device] = _Scratch(min(chunk, numel), device)
+            for start in range(0, numel, chunk):
+                stop = min(start + chunk, numel)
+                p32, g32, m32, v32, passing = scratch[device].take(stop - start)
+                values = storage.read(start, stop, p32)
+                m, v = (
+                    optimizer_states.read(moment, start, stop, out, passing)
+                    for moment, out in zip(moments, (m32, v32), strict=True)
+                )
+                foreach_adamw_(
+                    [values],
+                    [g32.copy_(gradient[start:stop])],
+                    [m],
+                    [v],
+                    [item.state["step"]],
+                    **_adamw_options(group),
+                    rounding="nearest",
+                    seed=0,
+                    indices=[0],
+                )
+                optimizer_states.write(moments[0], start, m, passing)
+                optimizer_states.write(moments[1], start, v, passing)
+                storage.write(start, values)
+            storage.finish()
+
+
+class _Scratch:
+    """Memory for the float32 values of a chunk of up to `numel` elements, for chunk after chunk."""
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self.numel = numel
+        self._values = torch.empty(4, numel, device=device)
+        self._states = optimizer_states.Scratch(numel, device)
+
+    def take(self, numel: int) -> tuple[Tensor, Tensor, Tensor, Tensor, optimizer_states.Scratch]:
+        """For `numel` elements: parameter, gradient and two moments (numel,), and what the states pass through."""
+        p, g, m, v = self._values[:, :numel]
+        return p, g, m, v, self._states
 
 
 class TorchRule:

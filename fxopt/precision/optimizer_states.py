@@ -3,7 +3,7 @@
 A block of elements (256 in 8 bits, 128 in 4) shares one float32 scale, its largest magnitude; a code is the nearest of
 256 or 16 values. Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; Li et al.,
 "Memory Efficient Optimizers with 4-bit States", arXiv:2309.01507. Codes are bit for bit those of
-`torchao.optim.quant_utils`, whose binary search takes 60 ns an element on a CPU; a table takes 2.
+`torchao.optim.quant_utils`, whose binary search takes 60 ns an element on a CPU; a table takes 1.
 """
 
 import functools
@@ -72,6 +72,7 @@ def convert(state: Tensor, states: OptimizerState, *, signed: bool) -> Tensor:
     values = read(state, 0, state.numel())
     if form == "float32":
         return values.view(state.shape)
+    values = values.clone() if form_of(state) == "float32" else values
     quantized = quantized_zeros(state, form, signed=signed)
     write(quantized, 0, values)
     return quantized
@@ -84,10 +85,29 @@ def form_of(state: Tensor) -> OptimizerState:
     return "8bit" if state.codes.numel() == state.numel() else "4bit"  # type: ignore[attr-defined]
 
 
-def read(state: Any, start: int, stop: int) -> Tensor:
+class Scratch:
+    """What a range of up to `numel` elements passes through between codes and values; for range after range.
+
+    Memory of its own for each range would be mapped and unmapped each time, which takes as long as the arithmetic.
+    """
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self._indices = torch.empty(numel, dtype=torch.int64, device=device)
+        self._codes = torch.empty(numel, dtype=torch.int32, device=device)
+
+    def indices(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns) int64."""
+        return self._indices[: rows * columns].view(rows, columns)
+
+    def codes(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns) int32."""
+        return self._codes[: rows * columns].view(rows, columns)
+
+
+def read(state: Any, start: int, stop: int, out: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
     """Elements `start` to `stop` in float32, flat and contiguous, on their own memory unless `state` is float32.
 
-    Both ends lie on a block's edge.
+    Both ends lie on a block's edge. A quantized state's are written to `out` (stop - start,), if given.
     """
     if not is_quantized(state):
         return state.view(-1)[start:stop].float()
@@ -95,11 +115,12 @@ def read(state: Any, start: int, stop: int) -> Tensor:
         codes = state.codes.view(-1)[start:stop]
     else:
         packed = state.codes[start // 2 : stop // 2]
-        codes = torch.stack([packed >> 4, packed & 0b1111], dim=-1).view(-1)
-    values = torch.index_select(state.qmap, 0, codes.int())
+        codes = torch.stack([packed >> 4, packed & 0b1111], dim=-1)
     block = state.block_size
-    values.view(-1, block).mul_(state.scale[start // block : stop // block, None])
-    return values
+    shape = (stop - start) // block, block
+    indices = (scratch or Scratch(stop - start, codes.device)).indices(*shape).copy_(codes.view(shape))
+    values = _look_up(state.qmap, indices, torch.empty(shape, device=codes.device) if out is None else out.view(shape))
+    return values.mul_(state.scale[start // block : stop // block, None]).view(-1)
 
 
 def pick(state: Any, positions: Tensor) -> Tensor:
@@ -111,24 +132,25 @@ def pick(state: Any, positions: Tensor) -> Tensor:
     return state.qmap[codes.int()] * state.scale[positions // state.block_size]
 
 
-def write(state: Any, start: int, values: Tensor) -> None:
-    """Stores float32 `values`, flat and contiguous, from element `start` on: to the nearest code."""
+def write(state: Any, start: int, values: Tensor, scratch: Scratch | None = None) -> None:
+    """Stores float32 `values`, flat, contiguous, scratch afterwards, from element `start` on: to the nearest code."""
     stop = start + values.numel()
     if not is_quantized(state):
         kept = state.view(-1)[start:stop]
         if kept.data_ptr() != values.data_ptr():  # else they were updated where they lie
             kept.copy_(values)
         return
-    from torchao.optim.quant_utils import scale_tensor
-
     block = state.block_size
-    scaled, scale = scale_tensor(values, block)
-    codes = _codes(scaled, form_of(state), state.signed)
+    blocks = values.view(-1, block)
+    scratch = scratch or Scratch(values.numel(), values.device)
+    scale = torch.abs(blocks, out=scratch.codes(*blocks.shape).view(torch.float32)).amax(1).clip_(1e-12)
+    codes = _codes(blocks.div_(scale[:, None]), form_of(state), state.signed, scratch)
     state.scale[start // block : stop // block] = scale
     if form_of(state) == "8bit":
         state.codes.view(-1)[start:stop] = codes
     else:
-        state.codes[start // 2 : stop // 2] = (codes[::2] << 4) | codes[1::2]
+        packed = codes.to(torch.uint8)
+        state.codes[start // 2 : stop // 2] = (packed[::2] << 4) | packed[1::2]
 
 
 def for_kernel(state: Any) -> QuantizedMoment:
@@ -138,27 +160,37 @@ def for_kernel(state: Any) -> QuantizedMoment:
 
 @functools.cache
 def _kernel_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`values` and `buckets` of `QuantizedMoment`."""
+    """`values` and `thresholds` of `QuantizedMoment`."""
     values = quantized_zeros(torch.empty(_BLOCK["8bit"], device=device), "8bit", signed=signed).qmap  # type: ignore[attr-defined]
-    lower, bound = _codebook("8bit", signed, device)
-    has_bound = bound.isfinite()
-    low_bits = torch.where(has_bound, bound.view(torch.int32) & 0xFFFF, 0)
-    return values, lower.int() << 17 | has_bound.int() << 16 | low_bits
+    return values, _thresholds("8bit", signed, device)
 
 
-def _codes(scaled: Tensor, form: OptimizerState, signed: bool) -> Tensor:
-    """torchao's codes (n,) uint8 of float32 values in [-1, 1]."""
-    lower, bound = _codebook(form, signed, scaled.device)
-    bucket = (scaled.view(torch.int32) >> 16).bitwise_and_((1 << 16) - 1)
-    return torch.index_select(lower, 0, bucket).add_(scaled >= torch.index_select(bound, 0, bucket))
+def _codes(scaled: Tensor, form: OptimizerState, signed: bool, scratch: Scratch) -> Tensor:
+    """torchao's codes (n,) int32 of float32 values (blocks, block) in [-1, 1], which are scratch afterwards."""
+    bits, codes = scaled.view(torch.int32), scratch.codes(*scaled.shape)
+    if signed:
+        torch.bitwise_right_shift(bits, 31, out=codes)
+        bits.bitwise_xor_(codes.bitwise_and_(_LOWER_16))
+    torch.bitwise_right_shift(bits, 16, out=codes)
+    upper = scratch.indices(*scaled.shape).copy_(codes.bitwise_and_(_LOWER_16))
+    _look_up(_thresholds(form, signed, scaled.device), upper, codes)
+    return codes.add_(bits.bitwise_and_(_LOWER_16)).bitwise_right_shift_(16).view(-1)
+
+
+def _look_up(table: Tensor, indices: Tensor, out: Tensor) -> Tensor:
+    """`table[indices]` for a table (n,) and indices (rows, columns): of torch's ways, the one that uses all threads."""
+    return torch.gather(table.expand(indices.shape[0], -1), 1, indices, out=out)
+
+
+_LOWER_16 = (1 << 16) - 1
 
 
 @functools.cache
-def _codebook(form: OptimizerState, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(lower, bound), (2¹⁶,) uint8 and float32: a value's code is `lower[bucket] + (value >= bound[bucket])`.
+def _thresholds(form: OptimizerState, signed: bool, device: torch.device) -> Tensor:
+    """`thresholds` (2¹⁶,) int32 of `QuantizedMoment`, for 8 or 4 bits.
 
-    Floats that agree in their upper 16 bits are one bucket. No bucket below 1 is wide enough for more than two codes;
-    where the second begins is found by bisection, by asking torchao.
+    Floats that agree in their upper 16 bits have one code or two: no such range below 1 is wide enough for more. Where
+    the second begins is found by bisection, by asking torchao.
     """
     from torchao.optim import quant_utils, subclass_4bit, subclass_8bit
 
@@ -166,17 +198,16 @@ def _codebook(form: OptimizerState, signed: bool, device: torch.device) -> tuple
     quantize = quant_utils.quantize_8bit_with_qmap if form == "8bit" else quant_utils.quantize_4bit_with_qmap
     qmap = torch.tensor(source.get_qmap_signed() if signed else source.get_qmap_unsigned())
     upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).roll(1 << 15) << 16
+    inverted = (upper >> 31) & _LOWER_16  # the bits of a negative number grow as it falls
 
-    def values(lower_bits: Tensor) -> Tensor:
-        return (upper | lower_bits).view(torch.float32)
+    def codes(lower: Tensor) -> Tensor:
+        return quantize((upper | lower ^ inverted).view(torch.float32), qmap).int()
 
-    low, high = torch.zeros_like(upper), torch.full_like(upper, (1 << 16) - 1)
-    first, last = quantize(values(low), qmap), quantize(values(high), qmap)
+    low, high = torch.zeros_like(upper), torch.full_like(upper, _LOWER_16)
+    first, last = codes(low), codes(high)
     while int((high - low).max()) > 1:
         middle = (low + high) // 2
-        is_first = quantize(values(middle), qmap) == first
+        is_first = codes(middle) == first
         low, high = torch.where(is_first, middle, low), torch.where(is_first, high, middle)
-    # The bits of a negative number grow as it falls.
-    bound = torch.where(upper < 0, values(low), values(high))
-    bound = torch.where(first == last, torch.inf, bound)
-    return torch.minimum(first, last).to(device), bound.to(device)
+    carry = torch.where(first == last, 0, (1 << 16) - high)
+    return ((first << 16) + carry).to(device)

@@ -5,7 +5,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from fxopt.kernels.rounding import Rounding, noise_key, store_
+from fxopt.kernels.rounding import NOISE_NUMEL, Rounding, noise_key, noise_slice, step_uniform, store_
 
 
 class ParameterStorage(Protocol):
@@ -13,8 +13,8 @@ class ParameterStorage(Protocol):
 
     alignment: int
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Float32 values (stop - start,); for a float32 parameter, its own memory."""
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Float32 values (stop - start,): a float32 parameter's own memory; of others, in `out` or a new tensor."""
 
     def write(self, start: int, values: Tensor) -> None:
         """Stores float32 `values`, which are scratch afterwards."""
@@ -49,7 +49,7 @@ def storage_of(
 ) -> ParameterStorage:
     """How `parameter` is read and written. The noise of its rounding is a pure function of (seed, step, index)."""
     if is_int8(parameter):
-        return _Int8Rows(parameter.detach(), noise_key(seed, step, index))
+        return _Int8Rows(parameter.detach(), seed, step, index)
     return _Plain(parameter, rounding, seed, step, index, compensation)
 
 
@@ -65,8 +65,9 @@ class _Plain:
         self._compensation = compensation.view(-1) if compensation is not None else None
         self._rounding, self._noise = rounding, (seed, step, index)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        values = self._flat[start:stop].float()
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        stored = self._flat[start:stop]
+        values = stored.float() if out is None or stored.dtype == torch.float32 else out.copy_(stored)
         if self._compensation is not None:
             values.add_(self._compensation[start:stop])
         return values
@@ -102,36 +103,55 @@ class _Int8Rows:
     its old values lie exactly, until its codes outgrow it or have left a quarter of it empty.
     """
 
-    def __init__(self, parameter: Any, key: int) -> None:
-        self._parameter, self._key = parameter, key
+    def __init__(self, parameter: Any, seed: int, step: int, index: int) -> None:
+        self._codes, self._scale = parameter.int_data, parameter.scale
+        self._seed, self._step, self._index = seed, step, index
         self.alignment = parameter.shape[1]
 
-    def read(self, start: int, stop: int) -> Tensor:
-        return self._rows(start, stop).to(torch.float32).dequantize().view(-1)
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        codes, scale = self._rows(start, stop)
+        values = torch.empty(codes.shape, device=codes.device) if out is None else out.view(codes.shape)
+        return values.copy_(codes).mul_(scale.float()[:, None]).view(-1)
 
     def write(self, start: int, values: Tensor) -> None:
-        rows = self._rows(start, start + values.numel())
-        generator = torch.Generator(values.device).manual_seed(noise_key(self._key, start, 0))
-        scale = _divisor(rows.scale.float().view(-1, 1))
+        stored_codes, stored_scale = self._rows(start, start + values.numel())
+        scale = _divisor(stored_scale.float()[:, None])
         codes = values.view(-1, self.alignment).div_(scale)
         fits = _within(codes, _LARGEST_CODE + 1)
-        codes = torch.where(fits, _draw(codes, generator), codes)
+        is_gpu = values.device.type != "cpu"  # which is not asked whether all rows fit: that would wait for it
+        if is_gpu or not fits.all():
+            codes = torch.where(fits, self._draw(codes.clone(), start, 0), codes)
+        else:
+            codes = self._draw(codes, start, 0)
         # A code that was drawn too large is rounded again as it was drawn: had the value been taken instead, only what
         # chance made larger would have been put right, and the row would on average be too small.
         fits &= _within(codes, _LARGEST_CODE)
-        if values.device.type != "cpu" or not fits.all():  # a GPU is not asked: that would wait for it
+        if is_gpu or not fits.all():
             fresh = codes.abs().amax(1, keepdim=True) * scale / _FRESH_LARGEST_CODE
-            fresh = fresh.to(rows.scale.dtype).float()
-            codes = torch.where(fits, codes, _draw(codes * (scale / _divisor(fresh)), generator))
-            scale = torch.where(fits, scale, fresh)
-        rows.int_data.copy_(codes)
-        rows.scale.copy_(scale.view(-1))
+            fresh = fresh.to(stored_scale.dtype).float()
+            codes = torch.where(fits, codes, self._draw(codes * (scale / _divisor(fresh)), start, 1))
+            stored_scale.copy_(torch.where(fits, scale, fresh).view(-1))
+        stored_codes.copy_(codes)
 
     def finish(self) -> None:
         pass
 
-    def _rows(self, start: int, stop: int) -> Any:
-        return self._parameter[start // self.alignment : stop // self.alignment]
+    def _rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        rows = slice(start // self.alignment, stop // self.alignment)
+        return self._codes[rows], self._scale[rows]
+
+    def _draw(self, values: Tensor, start: int, number: int) -> Tensor:
+        """The whole number below or above each value, with the probabilities that make it right on average; in place.
+
+        With the noise in [0, 1) added, all below 128 is still exact to 2⁻¹⁷: a whole number stays what it is.
+        """
+        key = noise_key(noise_key(self._seed, self._step, self._index), start, number)
+        if values.device.type == "cpu" and values.numel() <= NOISE_NUMEL // 2:
+            noise = noise_slice(step_uniform(self._seed, self._step), values.numel(), key).view(values.shape)
+        else:
+            generator = torch.Generator(values.device).manual_seed(key)
+            noise = torch.randint(1 << 16, values.shape, generator=generator, device=values.device) / (1 << 16)
+        return values.add_(noise).floor_()
 
 
 _LARGEST_CODE = 127
@@ -145,11 +165,5 @@ def _divisor(scale: Tensor) -> Tensor:
 
 def _within(codes: Tensor, most: int) -> Tensor:
     """Which rows of `codes` (rows, columns) their scale serves: (rows, 1)."""
-    largest = torch.linalg.vector_norm(codes, torch.inf, 1, keepdim=True)
+    largest = codes.abs().amax(1, keepdim=True)
     return (largest <= most) & (largest >= 0.75 * _LARGEST_CODE)
-
-
-def _draw(values: Tensor, generator: torch.Generator) -> Tensor:
-    """The whole number below or above each value, with the probabilities that make it right on average."""
-    below = values.floor()
-    return below.add_(torch.rand(values.shape, device=values.device, generator=generator) < values - below)

@@ -225,8 +225,8 @@ def test_it_compiles(target: tuple[str, Any, int], param: str, kernel: str) -> N
         "grad_ptr": f"*{param}",
         "table_ptr": "*i64",
         "owner_ptr": "*i64",
-        "m_buckets_ptr": "*i32",
-        "v_buckets_ptr": "*i32",
+        "m_thresholds_ptr": "*i32",
+        "v_thresholds_ptr": "*i32",
         "numel": "i32",
         "seed": "i64",
     }

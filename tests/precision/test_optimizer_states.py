@@ -48,7 +48,7 @@ def test_codes_are_those_of_torchao(form: Any, kind: Any, signed: bool) -> None:
         chosen, near = near[: ours.block_size - 1], near[ours.block_size - 1 :]
         block[: len(chosen)], block[-1] = chosen, 1.0
     values = values if signed else values.abs()
-    write(ours, 0, values)
+    write(ours, 0, values.clone())
     theirs.copy_(values)
     assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scale, theirs.scale)
     assert torch.equal(read(ours, 0, 1 << 16), theirs.dequantize())
@@ -58,9 +58,9 @@ def test_codes_are_those_of_torchao(form: Any, kind: Any, signed: bool) -> None:
 def test_ranges_are_parts_of_the_whole(form: Any, kind: Any) -> None:
     whole, parts = (quantized_zeros(torch.empty(64, 128), form, signed=True) for _ in range(2))
     values = torch.randn(64 * 128)
-    write(whole, 0, values)
+    write(whole, 0, values.clone())
     for start in range(0, 64 * 128, 1024):
-        write(parts, start, values[start : start + 1024])
+        write(parts, start, values[start : start + 1024].clone())
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(read(whole, 2048, 4096), whole.dequantize().view(-1)[2048:4096])
 
@@ -69,7 +69,7 @@ def test_nan_spreads_over_its_block_alone() -> None:
     state = quantized_zeros(torch.empty(MIN_NUMEL), "8bit", signed=True)
     values = torch.ones(MIN_NUMEL)
     values[300] = torch.nan
-    write(state, 0, values)
+    write(state, 0, values.clone())
     assert read(state, 256, 512).isnan().all()
     assert torch.equal(read(state, 512, MIN_NUMEL), values[512:])
 

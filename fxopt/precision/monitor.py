@@ -1,6 +1,7 @@
 """What precision costs a training run: how much of each update rounding lost, measured on a sample of the elements."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -83,8 +84,8 @@ class Monitor:
         return {"rows": [asdict(row) for row in self.rows], "history": history}
 
     def save(self, path: str | Path) -> None:
-        """Writes `to_dict()` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2))
+        """Writes `to_dict()` as JSON, which has no word for NaN and infinity: they are null there."""
+        Path(path).write_text(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False))
 
     def summary(self) -> dict[str, float]:
         """Flat numbers for a training log: "rounding/<row>/lost", …"""
@@ -241,3 +242,12 @@ def monitor(
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else "0" if share == 0 else f"{share:.1%}"
+
+
+def _finite(data: Any) -> Any:
+    """Plain data with None for each number that is none."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -8,7 +8,7 @@ selectors:
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def to_yaml(policy: Policy) -> str:
 
 def from_json(text: str) -> Policy:
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise PolicyError(f"not JSON: {error}") from None
     return _from_data(data)
@@ -40,10 +40,28 @@ def from_json(text: str) -> Policy:
 
 def from_yaml(text: str) -> Policy:
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise PolicyError(f"not YAML of plain data: {error}") from None
     return _from_data(data)
+
+
+def _without_duplicates(pairs: Iterable[tuple[object, object]]) -> dict[object, object]:
+    """A mapping of the pairs, of which JSON and YAML would keep the last where a key stands twice."""
+    data: dict[object, object] = {}
+    for key, value in pairs:
+        if key in data:
+            raise PolicyError(f"the key {key!r} stands twice in one mapping")
+        data[key] = value
+    return data
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Plain data, with no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _without_duplicates((str(key.value), value) for key, value in node.value)
+        return super().construct_mapping(node, deep)
 
 
 def save(policy: Policy, path: str | Path) -> Path:

@@ -226,6 +226,9 @@ def test_updates_that_are_no_numbers_are_drawn_too(tmp_path: Path) -> None:
     opt.step()
     seen.plot(tmp_path / "rounding.png")
     assert (tmp_path / "rounding.png").stat().st_size > 1000
+    seen.save(tmp_path / "rounding.json")
+    saved = json.loads((tmp_path / "rounding.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert saved["history"]["0/all"]["update_to_weight"] == [None]
 
 
 def test_what_is_shown(tmp_path: Path) -> None:

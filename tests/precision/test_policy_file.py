@@ -51,6 +51,7 @@ def changed(**changes: object) -> str:
         (changed(selectors=[{"role": "norm", "storage": "save"}]), r"selectors\[0\]: .*storage must be one of"),
         (changed(selectors=[{"role": "nrom", "storage": "float32"}]), r"selectors\[0\]: unknown role 'nrom'"),
         (changed(name=3), r"Policy\.name must be a str"),
+        ('{"name": "a", "name": "b"}', "the key 'name' stands twice"),
     ],
 )
 def test_what_is_no_policy_is_refused(text: str, message: str) -> None:
@@ -61,6 +62,17 @@ def test_what_is_no_policy_is_refused(text: str, message: str) -> None:
 def test_yaml_runs_no_code() -> None:
     with pytest.raises(PolicyError, match="not YAML of plain data"):
         Policy.from_yaml("!!python/object/apply:os.getcwd []")
+
+
+@pytest.mark.parametrize("text", ["name: a\nname: b", "name: a\ndefault: {storage: float32, storage: bfloat16}"])
+def test_yaml_keeps_no_key_of_two(text: str) -> None:
+    with pytest.raises(PolicyError, match="stands twice"):
+        Policy.from_yaml(text)
+
+
+def test_yaml_of_odd_keys_is_refused_too() -> None:
+    with pytest.raises(PolicyError):
+        Policy.from_yaml("? [name, default]\n: 1")
 
 
 def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -162,19 +161,18 @@ def _add_plan(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> int:
     for name in ("batch", "seq", "devices"):
         _check_size(name, getattr(options, name))
-    memory = None if options.memory is None else _bytes(options.memory)
     _quiet()
     from fxopt.planning.plan import POLICIES, plan
     from fxopt.printing import progress_bar
 
-    policies = [_policy(name) for name in options.policy.split(",")] if options.policy else POLICIES
+    policies = [_policy(name.strip()) for name in options.policy.split(",")] if options.policy else POLICIES
     with progress_bar() as show:
         found = plan(
             options.model,
             policies,
             batch_size=options.batch,
             sequence_length=options.seq,
-            memory=memory,
+            memory=options.memory,
             num_devices=options.devices,
             accuracy=options.accuracy,
             on_progress=show,
@@ -182,15 +180,6 @@ def _plan(options: argparse.Namespace) -> int:
     _print(found)
     _save(found, options, "html", "json")
     return 0 if found.recommended is not None else FAILED
-
-
-def _bytes(text: str) -> int:
-    """ "24GB", "80 GiB" or a number of bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text.lower())
-    if found is None or float(found[1]) == 0 or (found[2] is None and float(found[1]) < 1e6):
-        raise ValueError(f"--memory is {text!r}; it takes a size such as 24GB or 80GiB")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
 def _check_size(name: str, size: int | None) -> None:
@@ -231,6 +220,8 @@ def _quiet() -> None:
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # The Hub's client tries for long before it says that there is no internet.
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "3")
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
 

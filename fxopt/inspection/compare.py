@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fxopt.inspection.align import align
-from fxopt.inspection.diff import Graph, GraphDiff, Node
+from fxopt.inspection.diff import COSTS, Graph, GraphDiff, Node
 from fxopt.inspection.fold import without_index
 from fxopt.inspection.numbers import change, in_bytes, in_flops
+from fxopt.inspection.render_text import headline
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
@@ -51,9 +52,15 @@ class Condition:
         return Condition(text, found["name"], found["operator"], float(found["number"]) * scale, relative)
 
     def holds(self, before: dict[str, float], after: dict[str, float]) -> bool:
-        """Whether it holds in B. A rewrite that is not there counts as 0; ValueError for a name that nobody has."""
+        """Whether it holds in B. A rewrite that is not there counts as 0.
+
+        Raises ValueError for a name that nobody has, and for a cost that was not measured.
+        """
         if self.name not in after and self.name not in before:
             raise ValueError(f"there is no {self.name!r} to compare; there are: {', '.join(sorted({*before, *after}))}")
+        for side, metrics in (("A", before), ("B", after)):
+            if self.name in COSTS and self.name not in metrics and (side == "B" or self.relative):
+                raise ValueError(f"{self.name} was not measured in {side}: {self.text!r} cannot be decided")
         value = after.get(self.name, 0.0)
         if self.relative:
             known = before.get(self.name, 0.0)
@@ -90,6 +97,10 @@ class Comparison:
             column.justify = "right"
         first, second = self.before.metrics, self.after.metrics
         for name in dict.fromkeys([*first, *second]):
+            if name in COSTS and (name not in first or name not in second):
+                known = (shown(name, side[name]) if name in side else "not measured" for side in (first, second))
+                table.add_row(name, *known, "")
+                continue
             one, two = first.get(name, 0.0), second.get(name, 0.0)
             style = "dim" if one == two else ""
             table.add_row(name, shown(name, one), shown(name, two), change(one, two), style=style)
@@ -116,8 +127,7 @@ def shown(name: str, value: float) -> str:
 
 def _title(diff: GraphDiff) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in diff.conditions.versions.items())
-    sizes = f"{diff.conditions.batch_size} × {diff.conditions.sequence_length}"
-    return f"{diff.model}, policy {diff.policy}, {sizes} ({versions})"
+    return f"{headline(diff)} ({versions})"
 
 
 def _described(node: Node) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -90,13 +89,24 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _from_fields(fields: dict[str, Any], name: str) -> PretrainedConfig:
-    model_type = str(fields.get("model_type"))
+    if "model_type" not in fields:
+        raise UnknownModelError(f"{name}: its configuration lacks model_type, which says what model it is of")
+    model_type = str(fields["model_type"])
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=1)
         nearest = f"; nearest: {near[0]!r}" if near else ""
         raise UnknownModelError(f"{name}: transformers knows no model_type {model_type!r}{nearest}")
-    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # each model type checks its fields in its own way
+        raise builds_no_model(name, error) from error
     return config
+
+
+def builds_no_model(name: str, error: Exception) -> UnknownModelError:
+    """For a configuration with which transformers' code fails, in whatever way."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return UnknownModelError(f"{name}: this configuration builds no model: {type(error).__name__}: {' '.join(lines)}")
 
 
 def _from_hub(name: str) -> PretrainedConfig:
@@ -104,8 +114,6 @@ def _from_hub(name: str) -> PretrainedConfig:
     hint = f"; nearest: {', '.join(near)}" if near else f"; without internet: {', '.join(well_known_names())}"
     if "/" not in name:
         raise UnknownModelError(f"unknown model {name!r}{hint}; give org/name, a model type, a folder or a config.json")
-    # The Hub's client tries for minutes before it says that there is no internet; one try is enough to say so here.
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(name)
     except Exception as error:  # the Hub's client raises anything from OSError to its own HTTP errors

@@ -209,6 +209,10 @@ class Conditions:
     versions: dict[str, str]
 
 
+# What `GraphDiff.metrics` has only where the graphs could be measured.
+COSTS = ("casts", "launches", "bytes_moved", "flops", "saved_bytes", "peak_bytes")
+
+
 @dataclass(frozen=True)
 class GraphDiff:
     """What the passes did to each graph of a model, from `fxopt.inspect`.
@@ -237,6 +241,7 @@ class GraphDiff:
         found: dict[str, float] = {
             "graphs": len(self.graphs),
             "graph_breaks": sum(self.graph_breaks.values()),
+            "fallbacks": sum(self.fallbacks.values()),
             "nodes": sum(stage.num_nodes for stage in last),
             "fusions": sum(self.hits.values()),
             "near_misses": sum(not miss.refused for miss in misses),

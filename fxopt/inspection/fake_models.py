@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from fxopt.inspection.configurations import configuration_of
+from fxopt.inspection.configurations import UnknownModelError, builds_no_model, configuration_of
 from fxopt.precision.annotate import annotate
 from fxopt.precision.instance_methods import original_forwards
 from fxopt.precision.policy import Policy
@@ -40,12 +41,35 @@ def fake_model(source: PretrainedConfig | nn.Module, policy: str | Policy | None
         with mode:
             _leave_the_meta_device(model)
     else:
-        with mode:
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(source), dtype=torch.float32)
+        model = _of_configuration(source, mode)
     with warnings.catch_warnings():
         # Of an optimizer that holds the weights: there is none.
         warnings.filterwarnings("ignore", message="weights of a model that was compiled became other objects")
         return annotate(model, policy, emulate=True), mode  # what is not computed needs no hardware for it
+
+
+def _of_configuration(config: PretrainedConfig, mode: FakeTensorMode) -> Any:
+    """Raises UnknownModelError where transformers builds no causal LM of it."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnknownModelError(f"{config.model_type} is no causal language model of transformers'")
+
+    def build() -> Any:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+
+    try:
+        with mode:
+            return build()
+    except Exception:  # some models' initialization looks at values; on the meta device there is none
+        try:
+            with torch.device("meta"):
+                model = build()
+        except Exception as error:
+            raise builds_no_model(config.model_type, error) from error
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(model)
+    with mode:
+        _leave_the_meta_device(model)
+    return model
 
 
 def _leave_the_meta_device(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from fxopt.inspection.diff import Conditions, GraphDiff
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch, source_of
 from fxopt.inspection.record import Recorder, graph_of
 from fxopt.precision.annotate import policy_of
+from fxopt.precision.footprint import footprint
 from fxopt.precision.policy import Policy
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
@@ -66,6 +67,9 @@ def inspect_model(
     prove: bool = True,
 ) -> GraphDiff:
     """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
+    for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it is a number from 1 on")
     source, config = source_of(model)
     fake, mode = fake_model(source, policy)
     chosen = cast(Policy, policy_of(fake))
@@ -124,7 +128,7 @@ def _conditions(model: nn.Module, calls: list[CapturedCall]) -> Conditions:
         training=any(call.training for call in calls),
         checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        parameter_bytes=footprint(model).weights,
         versions={name: _version(name) for name in ("fxopt", "torch", "transformers")},
     )
 

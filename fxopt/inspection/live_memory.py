@@ -38,11 +38,14 @@ class Storage:
 class LiveMemory:
     """Follows storages, each once, from where they are first seen to where they are freed.
 
-    `peak` is of everything, `peak_when_released` of everything but gradients, as where each is used up at once.
+    `peak` is of everything, `peak_when_released` of everything but gradients, as where each is used up at once. Where
+    gradients are sharded over several devices, `peak` is the moment at which one of these holds most; its bytes are
+    those of the whole gradients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_shards: int = 1) -> None:
         self.peak, self.peak_when_released = Peak(), Peak()
+        self._num_shards = num_shards
         self._alive: dict[int, Storage] = {}
         self._bytes_of: Counter[Kind] = Counter()
 
@@ -85,8 +88,12 @@ class LiveMemory:
     def note_peak(self, at: Any, workspace: int = 0) -> None:
         """Compare what is alive now, and the workspace of what runs, with the peaks so far."""
         live: dict[Kind, int] = {**self._bytes_of, "workspace": workspace}
-        if sum(live.values()) > self.peak.total:
+        if self._on_a_device(live) > self._on_a_device(self.peak.bytes_of):
             self.peak = Peak(live, at)
         released: dict[Kind, int] = {**live, "gradients": 0}
         if sum(released.values()) > self.peak_when_released.total:
             self.peak_when_released = Peak(released, at)
+
+    def _on_a_device(self, bytes_of: dict[Kind, int]) -> float:
+        gradients = bytes_of.get("gradients", 0)
+        return sum(bytes_of.values()) - gradients + gradients / self._num_shards

@@ -159,13 +159,16 @@ _SELECTIVE = "_checkpoint_context_fn"
 
 
 class Meter(TorchDispatchMode):
-    """Counts ATen calls for the node that runs, or whose gradient is computed, and follows what is alive."""
+    """Counts ATen calls for the node that runs, or whose gradient is computed, and follows what is alive.
 
-    def __init__(self) -> None:
+    `num_shards`: of `LiveMemory`.
+    """
+
+    def __init__(self, num_shards: int = 1) -> None:
         super().__init__()
         self.node = OUTSIDE
         self.measurement = Measurement()
-        self.memory = LiveMemory()
+        self.memory = LiveMemory(num_shards)
         self._in_backward = False
 
     def __torch_dispatch__(

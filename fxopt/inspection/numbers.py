@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import ROUND_HALF_UP, Decimal
 
 
@@ -17,6 +18,15 @@ def in_flops(number: float) -> str:
 def in_count(number: float) -> str:
     """A count with three digits: `1.24 G`."""
     return _scaled(number, ("", "k", "M", "G", "T"))
+
+
+def bytes_of(text: str) -> int:
+    """ "24GB", "80 GiB" or a number of bytes. Raises ValueError for what is no size of a memory."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text.lower())
+    if found is None or float(found[1]) == 0 or (found[2] is None and float(found[1]) < 1e6):
+        raise ValueError(f"memory is {text!r}; it takes a size such as 24GB or 80GiB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from fxopt.inspection.configurations import longest_sequence, usual_sequence
 from fxopt.inspection.fake_models import fake_model, source_of
-from fxopt.inspection.numbers import in_bytes, in_count
+from fxopt.inspection.numbers import bytes_of, in_bytes, in_count
 from fxopt.kernels.adamw import workspace_bytes
 from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
 from fxopt.precision.policy import Policy
@@ -25,7 +25,9 @@ Accuracy = Literal["critical", "normal", "tolerant"]
 POLICIES = ("fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit", "int8")
 MOST_ROWS = 1 << 16
 MOST_TRIALS = 24
-# The first that fits is recommended; where none does, the first of the others.
+# The first that fits is recommended; where none does, the first of the others: by loss as README measures it, and of
+# equal ones the smaller first.
+OTHERS = ("bf16-islands", "bf16", "bf16-8bit", "int8", "fp32", "mixed-stochastic", "fp8", "mixed")
 PREFERRED: dict[Accuracy, tuple[str, ...]] = {
     "critical": ("fp32", "bf16-islands", "bf16"),
     "normal": ("bf16-islands", "bf16", "bf16-8bit", "int8"),
@@ -102,11 +104,11 @@ class Plan:
 
 def plan(
     model: nn.Module | PretrainedConfig | str | Path,
-    policies: Sequence[str | Policy] = POLICIES,
+    policies: str | Policy | Sequence[str | Policy] = POLICIES,
     *,
     batch_size: int | None = None,
     sequence_length: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     num_devices: int = 1,
     accuracy: Accuracy = "normal",
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -119,10 +121,10 @@ def plan(
     Args:
         model: a configuration, or the name of one as in `fxopt.inspect`, whose parameters are all trained; or a model,
             planned with its adapters and with what is frozen in it. Its own tensors are not touched.
-        policies: presets' names or policies.
+        policies: presets' names or policies, or one of them.
         batch_size: rows on each device. None: the largest that fits into `memory`, or 1 if that is not given either.
         sequence_length: tokens in each row; 2048, or the most that the model takes.
-        memory: bytes of one device. None: of this machine's.
+        memory: of one device, in bytes, or as in "24GB". None: of this machine's.
         num_devices: shard weights, gradients and optimizer states over so many (FSDP).
         accuracy: how much depends on the last digit of the loss: "critical", "normal" or "tolerant". It decides which
             policies are recommended first.
@@ -132,6 +134,11 @@ def plan(
         ValueError: sizes that cannot be, a sequence that is too long, no such model (`UnknownModelError`).
         PolicyError: a policy is unknown, or does not fit.
     """
+    if isinstance(memory, str):
+        memory = bytes_of(memory)
+    policies = [policies] if isinstance(policies, str | Policy) else policies
+    if not policies:
+        raise ValueError("policies is empty; it takes presets' names or policies")
     for name, size in (("batch_size", batch_size), ("num_devices", num_devices), ("memory", memory)):
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; it is a number from 1 on")
@@ -162,8 +169,14 @@ def plan(
         rows=tuple(rows),
         recommended=recommended,
         why=why,
-        notes=tuple(dict.fromkeys([*_frozen(like), *planner.notes])),
+        notes=tuple(dict.fromkeys([*_frozen(like), *([_ROOM] if limit is not None else []), *planner.notes])),
     )
+
+
+_ROOM = (
+    "a process takes more than is counted here, by 6 to 21 % in the runs of README: plan with less memory than the "
+    "device has"
+)
 
 
 def _frozen(model: nn.Module) -> list[str]:
@@ -213,34 +226,37 @@ class _Planner:
     def _simulation(self, policy: Policy, checkpointing: bool) -> Simulation:
         key = graph_key(policy), checkpointing
         if key not in self._simulations:
-            self._simulations[key] = Simulation(self.source, policy, checkpointing)
+            self._simulations[key] = Simulation(self.source, policy, checkpointing, self.num_devices)
         return self._simulations[key]
 
     def _row(self, simulation: Simulation, policy: Policy, checkpointing: bool, release: bool) -> Row:
         blank = Row(policy.name, checkpointing, release, 1, 0, 0, 0, 0, 0, 0, "")
-        gathered = gathered_bytes(simulation) if self.num_devices > 1 else 0
+        share = self.num_devices
+        gathered = gathered_bytes(simulation) if share > 1 else 0
 
         def row(batch_size: int) -> Row:
             step = simulation.step(batch_size, self.sequence_length)
             if release:  # one gradient is used up while the activations before it are still there
                 workspace = _update_workspace(step.largest_gradient, policy)
-                moments = step.released, replace(step.at_update, workspace=workspace)
+                moments = [(step.released, gathered), (replace(step.at_update, workspace=workspace), gathered)]
             else:
-                workspace = _update_workspace(step.gradients, policy)
-                moments = step.kept, Moment(0, step.gradients, workspace, "the optimizer's step")
-            moment = max(moments, key=_total)
-            share = self.num_devices
-            return replace(
-                blank,
-                batch_size=batch_size,
-                weights=-(-step.weights // share),
-                optimizer=-(-self._states[policy] // share),
-                gradients=-(-moment.gradients // share),
-                activations=moment.activations,
-                workspace=moment.workspace,
-                gathered=gathered,
-                place=moment.place,
-            )
+                workspace = _update_workspace(-(-step.gradients // share), policy)
+                moments = [(step.kept, gathered), (Moment(0, step.gradients, workspace, "the optimizer's step"), 0)]
+            at_each = [
+                replace(
+                    blank,
+                    batch_size=batch_size,
+                    weights=-(-step.weights // share),
+                    optimizer=-(-self._states[policy] // share),
+                    gradients=-(-moment.gradients // share),
+                    activations=moment.activations,
+                    workspace=moment.workspace,
+                    gathered=gathered_then,
+                    place=moment.place,
+                )
+                for moment, gathered_then in moments
+            ]
+            return max(at_each, key=lambda row: row.peak)
 
         if self.limit is None:
             return row(self.batch_size)
@@ -256,10 +272,6 @@ def _update_workspace(gradients: int, policy: Policy) -> int:
     num_states = 0 if precision.optimizer_state == "float32" else 2
     numel = gradients // precision.gradient.itemsize
     return workspace_bytes(numel, stochastic=precision.rounding == "stochastic", num_states=num_states)
-
-
-def _total(moment: Moment) -> int:
-    return moment.activations + moment.gradients + moment.workspace
 
 
 def largest_batch(peak_of: Callable[[int], int], limit: int) -> int:
@@ -312,7 +324,7 @@ def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: A
     has_bfloat16 = not torch.cuda.is_available() or computes_bfloat16(torch.device("cuda"))
     if not has_bfloat16:
         order = ["fp32"]
-    order += [row.policy for row in rows if row.policy not in order]
+    order += [policy for policy in (*OTHERS, *(row.policy for row in rows)) if policy not in order]
     ranked = sorted(rows, key=lambda row: (order.index(row.policy), row.checkpointing, row.release_gradients))
     fitting = [row for row in ranked if row.fits(memory)]
     size, room = f"{in_count(num_parameters)} parameters", in_bytes(memory)
@@ -349,6 +361,8 @@ def _described(row: Row) -> str:
 
 _WHAT_IT_IS = {
     "fp32": "It is float32 training itself: no update and no activation is rounded to two bytes.",
+    "mixed-stochastic": "Its weights take four bytes and are cast to two stochastically, which hides no update.",
+    "fp8": "Its products are in float8: compare its loss with bf16's in a short run before a long one.",
     "mixed": "Its weights take four bytes and are cast to two by nearest rounding, which hides the smallest updates.",
     "bf16-islands": "Its weights take two bytes, its norms four, and stochastic rounding loses no update.",
     "bf16": "Its weights take two bytes, and stochastic rounding loses no update.",

@@ -52,12 +52,19 @@ class Step:
 class Simulation:
     """A configuration's model, or the like of a model, under a policy, on fake tensors.
 
-    Its graphs are captured once, by the first step.
+    Its graphs are captured once, by the first step. `num_shards` is over how many devices gradients are sharded: it
+    decides which moment takes most; the bytes are of the whole.
 
     Raises what `fxopt.annotate` raises, and ValueError for checkpointing that the model does not have.
     """
 
-    def __init__(self, source: PretrainedConfig | nn.Module, policy: str | Policy, checkpointing: bool = False):
+    def __init__(
+        self,
+        source: PretrainedConfig | nn.Module,
+        policy: str | Policy,
+        checkpointing: bool = False,
+        num_shards: int = 1,
+    ):
         self.model, self._mode = fake_model(source, policy)
         self.policy = cast(Policy, policy_of(self.model))
         self.model.train()
@@ -66,6 +73,7 @@ class Simulation:
         self.forward = OptimizedForward(self.model, Settings(self.policy.name, prove=False))
         self.forward.runner = self._metered
         self._meter: Meter | None = None
+        self._num_shards = num_shards
         self._at_update = Peak()
         self._steps: dict[tuple[int, int], Step] = {}
         self._nodes: dict[tuple[str, str], fx.Node] = {}
@@ -84,7 +92,7 @@ class Simulation:
         with self._mode:
             call = labelled_batch(batch_size, sequence_length)
             self.forward.capture(dict(call))  # graphs that are new run once beside: compiling makes tensors too
-            self._meter = meter = Meter()
+            self._meter = meter = Meter(self._num_shards)
             self._at_update = Peak()
             for tensor in (*self.model.parameters(), *self.model.buffers(), *call.values()):
                 meter.ignore(tensor)

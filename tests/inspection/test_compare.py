@@ -70,3 +70,14 @@ def test_an_unmeasured_number_is_no_zero(diff):
     )
     with pytest.raises(ValueError, match="peak_bytes"):
         Condition.parse("peak_bytes > 1 GB").holds(unmeasured.metrics, unmeasured.metrics)
+    for text, side, sides in (
+        ("peak_bytes > 1 GB", "B", (diff, unmeasured)),
+        ("launches > 5 %", "A", (unmeasured, diff)),
+    ):
+        with pytest.raises(ValueError, match=f"was not measured in {side}"):
+            Condition.parse(text).holds(*(one.metrics for one in sides))
+    assert not Condition.parse("peak_bytes > 1 GB").holds(unmeasured.metrics, diff.metrics)
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(Comparison(diff, unmeasured))
+    assert "not measured" in capture.get() and "−100 %" not in capture.get()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import fxopt
 from fxopt.inspection.configurations import UnknownModelError, configuration_of, nearest_names, well_known_names
@@ -67,6 +67,39 @@ def test_a_file_that_is_no_configuration(tmp_path):
         path.write_text(text)
         with pytest.raises(UnknownModelError, match=message):
             configuration_of(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "lacks model_type"),
+        ({"model_type": "t5"}, "t5 is no causal language model"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "builds no model: ZeroDivisionError"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "builds no model: .*hidden_size"),
+        ({"model_type": "llama", "hidden_size": -64}, "builds no model: RuntimeError"),
+        ({"model_type": "llama", "hidden_act": "nope"}, "builds no model: KeyError: 'nope'"),
+    ],
+)
+def test_a_configuration_that_builds_no_model(tmp_path, fields, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UnknownModelError, match=message):
+        fxopt.inspect(str(path), sequence_length=16)
+
+
+def test_an_initialization_that_looks_at_values():
+    config = CONFIG_MAPPING["modernbert-decoder"](
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        pad_token_id=0, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    diff = fxopt.inspect(config, sequence_length=16, prove=False)
+    assert diff.graphs and diff.metrics["launches"] > 0
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"batch_size": -1}, {"sequence_length": 0}])
+def test_sizes_that_cannot_be(sizes):
+    with pytest.raises(ValueError, match=f"{next(iter(sizes))} is .*; it is a number from 1 on"):
+        fxopt.inspect("llama", **sizes)
 
 
 def test_no_internet(monkeypatch):

@@ -218,3 +218,10 @@ def test_what_is_kept_for_backward_is_what_autograd_keeps():
 
 def test_a_diff_can_be_copied_and_compared(diff: GraphDiff):
     assert copy.deepcopy(diff) == diff
+
+
+def test_weights_are_counted_as_they_are_stored():
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 1})
+    bf16, int8 = (fxopt.inspect(config, policy, sequence_length=16, prove=False) for policy in ("bf16", "int8"))
+    assert int8.conditions.num_parameters == bf16.conditions.num_parameters
+    assert int8.conditions.parameter_bytes < 0.6 * bf16.conditions.parameter_bytes

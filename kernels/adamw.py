@@ -211,7 +211,7 @@ def _update_in_chunks(slots: list[Slot], step: int, hyper: Hyper, rounding: Roun
     batches = list(_batches(slots))
     numel = max(sum(slot.param.numel() for slot in batch) for batch in batches)
     device = slots[0].param.device
-    p32, g32 = torch.empty(numel, device=device), torch.empty(numel, device=device)
+    p32, g32 = torch.empty(2, numel, dtype=torch.float32, device=device)
     bits = p32.view(torch.int32)
     noise = step_noise(seed, step, device) if rounding == "stochastic" else None
     for batch in batches:

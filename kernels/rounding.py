@@ -59,10 +59,11 @@ def step_noise(seed: int, step: int, device: torch.device) -> Tensor:
     return draws.view(torch.int16).to(torch.int32).bitwise_and_((1 << 16) - 1).to(device)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def step_uniform(seed: int, step: int) -> Tensor:
-    """`step_noise` as (NOISE_NUMEL,) float32 in [0, 1), on the CPU."""
-    return step_noise(seed, step, torch.device("cpu")) / (1 << 16)
+    """Noise that one step shares, in [0, 1): (NOISE_NUMEL,) float32 on the CPU. Not to be written to."""
+    generator = torch.Generator().manual_seed(noise_key(seed, step, 1))
+    return torch.rand(NOISE_NUMEL, generator=generator, dtype=torch.float32)
 
 
 def noise_slice(noise: Tensor, numel: int, key: int) -> Tensor:

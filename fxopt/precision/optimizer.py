@@ -297,7 +297,7 @@ class Optimizer(torch.optim.Optimizer):
                     together.setdefault(parameter.device, []).append((parameter, name))
         for device, moments in together.items():
             sizes = [parameter.numel() for parameter, _ in moments]
-            pieces = torch.zeros(sum(sizes), device=device).split(sizes)
+            pieces = torch.zeros(sum(sizes), dtype=torch.float32, device=device).split(sizes)
             for (parameter, name), piece in zip(moments, pieces, strict=True):
                 self.state[parameter][name] = piece.view(parameter.shape)
 

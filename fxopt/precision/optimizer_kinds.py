@@ -105,6 +105,7 @@ class AdamWRule:
 
     def _update_in_chunks(self, items: Sequence[Item], group: Group) -> None:
         scratch: dict[torch.device, _Scratch] = {}
+        largest = max((item.gradient.numel() for item in items), default=0)
         for item in items:
             storage, moments = item.storage(group), [local(item.state[name]) for name in self.signed]
             gradient = item.gradient.reshape(-1)
@@ -113,7 +114,7 @@ class AdamWRule:
             most = CHUNK_NUMEL if device.type == "cpu" else GPU_CHUNK_NUMEL
             chunk = max(aligned, most // aligned * aligned)
             if device not in scratch or scratch[device].numel < min(chunk, numel):
-                scratch[device] = _Scratch(min(chunk, numel), device)
+                scratch[device] = _Scratch(max(min(chunk, numel), min(most, largest)), device)
             for start in range(0, numel, chunk):
                 stop = min(start + chunk, numel)
                 p32, g32, m32, v32, passing = scratch[device].take(stop - start)
@@ -144,7 +145,7 @@ class _Scratch:
 
     def __init__(self, numel: int, device: torch.device) -> None:
         self.numel = numel
-        self._values = torch.empty(4, numel, device=device)
+        self._values = torch.empty(4, numel, dtype=torch.float32, device=device)
         self._states = optimizer_states.Scratch(numel, device)
 
     def take(self, numel: int) -> tuple[Tensor, Tensor, Tensor, Tensor, optimizer_states.Scratch]:

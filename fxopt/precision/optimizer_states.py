@@ -107,7 +107,8 @@ class Scratch:
 def read(state: Any, start: int, stop: int, out: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
     """Elements `start` to `stop` in float32, flat and contiguous, on their own memory unless `state` is float32.
 
-    Both ends lie on a block's edge. A quantized state's are written to `out` (stop - start,), if given.
+    Both ends lie on a block's edge. A quantized state's are written to `out` (stop - start,), if given;
+    `scratch` is for at least as many elements.
     """
     if not is_quantized(state):
         return state.view(-1)[start:stop].float()
@@ -119,7 +120,8 @@ def read(state: Any, start: int, stop: int, out: Tensor | None = None, scratch: 
     block = state.block_size
     shape = (stop - start) // block, block
     indices = (scratch or Scratch(stop - start, codes.device)).indices(*shape).copy_(codes.view(shape))
-    values = _look_up(state.qmap, indices, torch.empty(shape, device=codes.device) if out is None else out.view(shape))
+    out = torch.empty(shape, dtype=torch.float32, device=codes.device) if out is None else out.view(shape)
+    values = _look_up(state.qmap, indices, out)
     return values.mul_(state.scale[start // block : stop // block, None]).view(-1)
 
 

@@ -110,7 +110,7 @@ class _Int8Rows:
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         codes, scale = self._rows(start, stop)
-        values = torch.empty(codes.shape, device=codes.device) if out is None else out.view(codes.shape)
+        values = torch.empty_like(codes, dtype=torch.float32) if out is None else out.view(codes.shape)
         return values.copy_(codes).mul_(scale.float()[:, None]).view(-1)
 
     def write(self, start: int, values: Tensor) -> None:
@@ -130,8 +130,9 @@ class _Int8Rows:
             fresh = codes.abs().amax(1, keepdim=True) * scale / _FRESH_LARGEST_CODE
             fresh = fresh.to(stored_scale.dtype).float()
             codes = torch.where(fits, codes, self._draw(codes * (scale / _divisor(fresh)), start, 1))
-            stored_scale.copy_(torch.where(fits, scale, fresh).view(-1))
+            scale = torch.where(fits, scale, fresh)
         stored_codes.copy_(codes)
+        stored_scale.copy_(scale.view(-1))
 
     def finish(self) -> None:
         pass
@@ -143,15 +144,16 @@ class _Int8Rows:
     def _draw(self, values: Tensor, start: int, number: int) -> Tensor:
         """The whole number below or above each value, with the probabilities that make it right on average; in place.
 
-        With the noise in [0, 1) added, all below 128 is still exact to 2⁻¹⁷: a whole number stays what it is.
+        The noise is added to the fraction alone: there a sum is exact to 2⁻²⁴.
         """
         key = noise_key(noise_key(self._seed, self._step, self._index), start, number)
         if values.device.type == "cpu" and values.numel() <= NOISE_NUMEL // 2:
             noise = noise_slice(step_uniform(self._seed, self._step), values.numel(), key).view(values.shape)
         else:
             generator = torch.Generator(values.device).manual_seed(key)
-            noise = torch.randint(1 << 16, values.shape, generator=generator, device=values.device) / (1 << 16)
-        return values.add_(noise).floor_()
+            noise = torch.rand(values.shape, generator=generator, device=values.device, dtype=torch.float32)
+        below = values.floor()
+        return values.sub_(below).add_(noise).floor_().add_(below)
 
 
 _LARGEST_CODE = 127

@@ -232,6 +232,29 @@ def test_int8_rows_change_their_scale_with_their_values() -> None:
     assert dequantized(weight)[4].isnan().all()
 
 
+def test_int8_gives_a_row_without_a_scale_one() -> None:
+    weight = Int8QuantizedTrainingLinearWeight(torch.zeros(1, 64, dtype=torch.int8), torch.zeros(1))
+    storage_of(weight, "stochastic", seed=0, step=1, index=0).write(0, torch.full((64,), 100.0))
+    assert (dequantized(weight) == 100).all()
+
+
+def test_int8_is_rounded_to_either_side_of_a_whole_number() -> None:
+    """By 2⁻¹⁷ of a code: noise of 16 bits would round all of it down."""
+    rows, columns = 512, 1024
+    codes = torch.full((rows, columns), 5, dtype=torch.int8)
+    codes[:, 0] = 100
+    changed = []
+    for sign in (-1, 1):
+        found = 0
+        for step in range(8):
+            weight = Int8QuantizedTrainingLinearWeight(codes.clone(), torch.ones(rows))
+            storage = storage_of(weight, "stochastic", seed=0, step=step, index=0)
+            storage.write(0, (codes + sign * 2.0**-17).view(-1))
+            found += int((weight.int_data != codes).sum())
+        changed.append(found)
+    assert all(12 < found < 60 for found in changed), changed  # 32 are expected of 2²²
+
+
 def test_int8_resumes_bit_by_bit_and_leaves_the_generator_alone() -> None:
     weight = int8_weight()
     opt = Optimizer([weight], lr=1e-2, optimizer_state="8bit", seed=3)

@@ -23,14 +23,14 @@ SIZES = ((64, 128), (100, 50), (300,), ())  # the second is no whole number of b
 
 def parameters(dtype: torch.dtype = torch.bfloat16) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES]
+    return [nn.Parameter(torch.randn(size, generator=generator, dtype=torch.float32).to(dtype)) for size in SIZES]
 
 
 def train(params: list[nn.Parameter], opt: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(100 + step)
         for parameter in params:
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype)
         opt.step()
         opt.zero_grad()
 
@@ -63,6 +63,22 @@ def test_ranges_are_parts_of_the_whole(form: Any, kind: Any) -> None:
         write(parts, start, values[start : start + 1024].clone())
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(read(whole, 2048, 4096), whole.dequantize().view(-1)[2048:4096])
+
+
+@pytest.mark.parametrize("form", ["8bit", "4bit"])
+def test_the_default_dtype_does_not_matter(form: Any) -> None:
+    def trained() -> list[nn.Parameter]:
+        params = parameters()
+        train(params, Optimizer(params, optimizer_state=form), range(2))
+        return params
+
+    expected = trained()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = trained()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_nan_spreads_over_its_block_alone() -> None:

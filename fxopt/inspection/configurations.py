@@ -45,6 +45,13 @@ def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
     return _from_hub(name)
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Raises ValueError for a size below 1, by its name."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it is a number from 1 on")
+
+
 def longest_sequence(config: Any) -> int | None:
     """The most tokens that a model of this configuration takes in a row, if it says so."""
     if not isinstance(config, PretrainedConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from pathlib import Path
@@ -36,10 +37,7 @@ def fake_model(source: PretrainedConfig | nn.Module, policy: str | Policy | None
     """
     mode = FakeTensorMode()
     if isinstance(source, nn.Module):
-        with FakeCopyMode(mode):
-            model: Any = original_forwards(copy.deepcopy(source))
-        with mode:
-            _leave_the_meta_device(model)
+        model: Any = original_forwards(_like(source, mode))
     else:
         model = _of_configuration(source, mode)
     with warnings.catch_warnings():
@@ -56,20 +54,23 @@ def _of_configuration(config: PretrainedConfig, mode: FakeTensorMode) -> Any:
     def build() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
 
+    with contextlib.suppress(Exception), mode:
+        return build()
     try:
-        with mode:
-            return build()
-    except Exception:  # some models' initialization looks at values; on the meta device there is none
-        try:
-            with torch.device("meta"):
-                model = build()
-        except Exception as error:
-            raise builds_no_model(config.model_type, error) from error
+        with torch.device("meta"):  # some models' initialization looks at values, which it skips there
+            model = build()
+    except Exception as error:
+        raise builds_no_model(config.model_type, error) from error
+    return _like(model, mode)
+
+
+def _like(model: nn.Module, mode: FakeTensorMode) -> Any:
+    """A copy of `model` on fake tensors; of one on the meta device, too."""
     with FakeCopyMode(mode):
-        model = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     with mode:
-        _leave_the_meta_device(model)
-    return model
+        _leave_the_meta_device(copied)
+    return copied
 
 
 def _leave_the_meta_device(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import PretrainedConfig
 
 from fxopt.capture import CapturedCall, OptimizedForward, Settings
-from fxopt.inspection.configurations import longest_sequence, usual_sequence
+from fxopt.inspection.configurations import check_sizes, longest_sequence, usual_sequence
 from fxopt.inspection.diff import Conditions, GraphDiff
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch, source_of
 from fxopt.inspection.record import Recorder, graph_of
@@ -67,9 +67,7 @@ def inspect_model(
     prove: bool = True,
 ) -> GraphDiff:
     """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
-    for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}; it is a number from 1 on")
+    check_sizes(batch_size=batch_size, sequence_length=sequence_length)
     source, config = source_of(model)
     fake, mode = fake_model(source, policy)
     chosen = cast(Policy, policy_of(fake))

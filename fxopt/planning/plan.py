@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from torch import nn
 from transformers import PretrainedConfig
 
-from fxopt.inspection.configurations import longest_sequence, usual_sequence
+from fxopt.inspection.configurations import check_sizes, longest_sequence, usual_sequence
 from fxopt.inspection.fake_models import fake_model, source_of
 from fxopt.inspection.numbers import bytes_of, in_bytes, in_count
 from fxopt.kernels.adamw import workspace_bytes
@@ -139,9 +139,7 @@ def plan(
     policies = [policies] if isinstance(policies, str | Policy) else policies
     if not policies:
         raise ValueError("policies is empty; it takes presets' names or policies")
-    for name, size in (("batch_size", batch_size), ("num_devices", num_devices), ("memory", memory)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}; it is a number from 1 on")
+    check_sizes(batch_size=batch_size, num_devices=num_devices, memory=memory)
     if accuracy not in get_args(Accuracy):
         raise ValueError(f"unknown accuracy {accuracy!r}; known: {', '.join(get_args(Accuracy))}")
     source, config = source_of(model)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 import fxopt
 from fxopt.inspection.compare import Comparison, Condition
-from fxopt.inspection.diff import GraphDiff
+from fxopt.inspection.diff import COSTS, GraphDiff
 from fxopt.passes.pipelines import EXACT
 from tests.tiny_models import SIZES
 
@@ -68,6 +68,7 @@ def test_an_unmeasured_number_is_no_zero(diff):
             for graph in diff.graphs
         ),
     )
+    assert diff.metrics.keys() - unmeasured.metrics.keys() == set(COSTS)
     with pytest.raises(ValueError, match="peak_bytes"):
         Condition.parse("peak_bytes > 1 GB").holds(unmeasured.metrics, unmeasured.metrics)
     for text, side, sides in (

@@ -89,8 +89,8 @@ def _convert(source: Path, folder: Path) -> None:
     model.tie_weights()
     model.generation_config = unpacked.generation_config
     # transformers 5.17 reads another end of text than the file's, and no padding.
-    ends = [config.eos_token_id, config.pad_token_id]
-    tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     tokenizer.name_or_path = NAME
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

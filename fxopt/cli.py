@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -46,19 +47,23 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--eval", action="store_true", help="the loss of an evaluation instead of a training step")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
     parser.add_argument("--no-proofs", action="store_true", help="trust the rules; a little faster")
-    for option, text in (
-        ("html", "write a page that opens from disk"),
-        ("json", "write everything, for `fxopt diff`"),
-        ("graphml", "write the graphs for networkx, Gephi, yEd"),
-        ("model-explorer", "write the graphs for Google's Model Explorer; FILE ends in .model-explorer.json"),
-    ):
-        parser.add_argument(f"--{option}", metavar="FILE", help=text)
+    for name, text in _INSPECTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="FILE", help=text)
     parser.set_defaults(run=_inspect)
+
+
+_INSPECTIONS = {
+    "html": "write a page that opens from disk",
+    "json": "write everything, for `fxopt diff`",
+    "graphml": "write the graphs for networkx, Gephi, yEd",
+    "model_explorer": "write the graphs for Google's Model Explorer; FILE ends in .model-explorer.json",
+}
 
 
 def _inspect(options: argparse.Namespace) -> int:
     for name in ("batch", "seq"):
         _check_size(name, getattr(options, name))
+    _check_files(options, *_INSPECTIONS)
     _quiet()
     from fxopt.api import inspect
 
@@ -73,7 +78,7 @@ def _inspect(options: argparse.Namespace) -> int:
         prove=not options.no_proofs,
     )
     _print(diff)
-    _save(diff, options, "html", "json", "graphml", "model_explorer")
+    _save(diff, options, *_INSPECTIONS)
     return 0 if diff.graphs else FAILED
 
 
@@ -96,6 +101,17 @@ def _save(result: Any, options: argparse.Namespace, *names: str) -> None:
     for name in names:
         if (path := getattr(options, name)) is not None:
             print(f"wrote {result.save(_with_ending(path, name))}")
+
+
+def _check_files(options: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for a file that cannot be written, before the work that it is to hold."""
+    for name in names:
+        if (path := getattr(options, name)) is not None:
+            file = Path(_with_ending(path, name))
+            if not file.parent.is_dir():
+                raise ValueError(f"there is no folder {file.parent} to write {file.name} into; make it first")
+            if not os.access(file if file.exists() else file.parent, os.W_OK) or file.is_dir():
+                raise ValueError(f"{file} cannot be written")
 
 
 def _with_ending(path: str, name: str) -> str:
@@ -161,6 +177,7 @@ def _add_plan(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> int:
     for name in ("batch", "seq", "devices"):
         _check_size(name, getattr(options, name))
+    _check_files(options, "html", "json")
     _quiet()
     from fxopt.planning.plan import POLICIES, plan
     from fxopt.printing import progress_bar
@@ -203,6 +220,7 @@ def _add_doctor(commands: Any) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from fxopt.diagnosis.doctor import doctor
 
+    _check_files(options, "json")
     diagnosis = doctor(options.device, progress=sys.stderr.isatty())
     _print(diagnosis)
     _save(diagnosis, options, "json")
@@ -220,8 +238,6 @@ def _quiet() -> None:
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # The Hub's client tries for long before it says that there is no internet.
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "3")
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
 

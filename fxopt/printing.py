@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 
 
 def as_text(what: RenderableType, width: int = 140, *, crop: bool = True) -> str:
@@ -16,6 +19,20 @@ def as_text(what: RenderableType, width: int = 140, *, crop: bool = True) -> str
     with console.capture() as capture:
         console.print(what, crop=crop)
     return capture.get().rstrip()
+
+
+@dataclass(frozen=True)
+class WithoutControls:
+    """What rich prints of `what`, whose names may hold control characters: a terminal would obey them."""
+
+    what: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.what, options):
+            yield segment if segment.control else Segment(_CONTROL.sub("�", segment.text), segment.style)
+
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 @contextmanager

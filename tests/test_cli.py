@@ -56,6 +56,9 @@ def test_inspect_and_diff(model, tmp_path, capsys):
         (["plan", "SmolLM2-136M"], "unknown model 'SmolLM2-136M'; nearest: HuggingFaceTB/SmolLM2-"),
         (["diff", "a.json", "b.json"], "a.json cannot be read: No such file"),
         (["diff", "a.json", "b.json", "--fail-if", "many"], "'many' is no condition"),
+        (["inspect", "SmolLM2-135M", "--html", "gone/a.html"], "there is no folder gone to write a.html into"),
+        (["plan", "SmolLM2-135M", "--json", "gone/a"], "there is no folder gone to write a.json into"),
+        (["doctor", "--json", "gone/a.json"], "there is no folder gone"),
     ],
 )
 def test_errors_say_what_to_do(arguments, message, capsys, tmp_path, monkeypatch):
@@ -80,4 +83,4 @@ def test_plan(model, tmp_path, capsys):
     rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
     assert len(rows) == 8 and all(row["batch_size"] > 0 and row["peak"] <= 50e6 for row in rows)
     assert main(["plan", model, "--policy", "bf16", "--memory", "100kB", "--seq", "32"]) == 1
-    assert "take more devices" in capsys.readouterr().out
+    assert "take bf16-8bit, int8, shorter rows, more devices, or adapters (PEFT)" in capsys.readouterr().out

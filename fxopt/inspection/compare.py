@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections import Counter
@@ -17,16 +18,14 @@ from rich.text import Text
 from fxopt.inspection.align import align
 from fxopt.inspection.diff import COSTS, Graph, GraphDiff, Node
 from fxopt.inspection.fold import without_index
-from fxopt.inspection.numbers import change, in_bytes, in_flops
+from fxopt.inspection.numbers import amount_of, change, in_bytes, in_flops
 from fxopt.inspection.render_text import headline
+from fxopt.printing import WithoutControls
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
-_CONDITION = re.compile(
-    r"\s*(?P<name>[\w.]+)\s*(?P<operator><=|>=|==|!=|<|>)\s*(?P<number>-?[\d.]+)\s*(?P<unit>%|[kmgt]?b?)\s*", re.I
-)
+_CONDITION = re.compile(r"\s*(?P<name>[\w.]+)\s*(?P<operator><=|>=|==|!=|<|>)(?P<number>[^%]+)(?P<percent>%?)\s*")
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,12 @@ class Condition:
     def parse(text: str) -> Condition:
         """Raises ValueError for what is no condition."""
         found = _CONDITION.fullmatch(text)
-        if found is None or found["unit"].lower() not in {*_UNITS, "%"}:
+        amount, has_unit = (found and amount_of(found["number"])) or (math.nan, False)
+        if found is None or math.isnan(amount) or (has_unit and found["percent"]):
             raise ValueError(
                 f"{text!r} is no condition; write for instance 'fusions < 61', 'peak_bytes > 20 GB', 'launches > 5 %'"
             )
-        relative = found["unit"] == "%"
-        scale = 1.0 if relative else _UNITS[found["unit"].lower()]
-        return Condition(text, found["name"], found["operator"], float(found["number"]) * scale, relative)
+        return Condition(text, found["name"], found["operator"], amount, bool(found["percent"]))
 
     def holds(self, before: dict[str, float], after: dict[str, float]) -> bool:
         """Whether it holds in B. A rewrite that is not there counts as 0.
@@ -115,7 +113,7 @@ class Comparison:
             if counted:
                 parts.append(Text(title))
                 parts += [Text(f"{sign} {text}  × {count}", style=style) for text, count in counted.most_common(20)]
-        return Group(*parts)
+        return WithoutControls(Group(*parts))
 
 
 def shown(name: str, value: float) -> str:

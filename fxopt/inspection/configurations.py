@@ -8,14 +8,17 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_session
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 SEQUENCE_LENGTH = 2048
+HUB_TIMEOUT_S = 3
 
 
 class UnknownModelError(ValueError):
@@ -25,8 +28,9 @@ class UnknownModelError(ValueError):
 def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
     """The configuration that `model` names.
 
-    A name is looked up in this order: a folder or JSON file on disk; a well-known model, with or without its
-    organization ("Llama-3.2-1B"); a model type of transformers ("qwen3": its default sizes); the Hub and its cache.
+    A name is looked up in this order: a folder or JSON file on disk; a well-known model or one tuned from it, with or
+    without its organization ("Llama-3.2-1B-Instruct"); a model type of transformers ("qwen3": its default sizes); the
+    Hub and its cache.
     Raises UnknownModelError.
     """
     if isinstance(model, PretrainedConfig):
@@ -60,9 +64,21 @@ def longest_sequence(config: Any) -> int | None:
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
-def usual_sequence(config: Any) -> int:
-    """The tokens in a row where nothing is asked for: 2048, or the most that a model of this configuration takes."""
-    return min(SEQUENCE_LENGTH, longest_sequence(config) or SEQUENCE_LENGTH)
+def sequence_for(config: Any, sequence_length: int | None) -> int:
+    """The tokens in a row: those asked for; otherwise 2048, or the most that a model of this configuration takes.
+
+    Raises ValueError for more than it takes.
+    """
+    longest = longest_sequence(config)
+    if sequence_length is None:
+        return min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)
+    check_sizes(sequence_length=sequence_length)
+    if longest is not None and sequence_length > longest:
+        raise ValueError(
+            f"sequence_length is {sequence_length}; this {config.model_type} model takes {longest} at most "
+            "(max_position_embeddings)"
+        )
+    return sequence_length
 
 
 def well_known_names() -> list[str]:
@@ -78,11 +94,16 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def _well_known(name: str) -> dict[str, Any] | None:
-    wanted = name.lower()
+    wanted = _untuned(name)
     for known, fields in _table().items():
-        if wanted in (known.lower(), known.lower().rpartition("/")[2]):
+        if wanted in (_untuned(known), _untuned(known).rpartition("/")[2]):
             return fields
     return None
+
+
+def _untuned(name: str) -> str:
+    """Without what tells a tuned model from the one that it was tuned from: they are of one size."""
+    return re.sub(r"-(instruct|it|pt)(?=-|$)", "", name.lower())
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -122,11 +143,20 @@ def _from_hub(name: str) -> PretrainedConfig:
     if "/" not in name:
         raise UnknownModelError(f"unknown model {name!r}{hint}; give org/name, a model type, a folder or a config.json")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, local_files_only=not _hub_answers())
     except Exception as error:  # the Hub's client raises anything from OSError to its own HTTP errors
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnknownModelError(f"the configuration of {name!r} cannot be had: {reason.strip()}{hint}") from None
     return config
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub can be asked: where there is no internet, its client goes on trying for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception:  # from OSError to the HTTP library's own errors
+        return False
+    return True
 
 
 def nearest_names(name: str) -> list[str]:

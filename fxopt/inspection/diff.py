@@ -13,7 +13,7 @@ from fxopt.inspection.meter import Cost
 
 @dataclass(frozen=True)
 class Source:
-    """A line of source. The file is told from the package it is installed in, or from the working directory."""
+    """A line of source. The file is told from its package or the working directory, or by its name alone."""
 
     file: str
     line: int
@@ -209,7 +209,7 @@ class Conditions:
     versions: dict[str, str]
 
 
-# What `GraphDiff.metrics` has only where the graphs could be measured.
+# What `GraphDiff.metrics` has only where the graphs could be measured; peak_bytes only of a single graph.
 COSTS = ("casts", "launches", "bytes_moved", "flops", "saved_bytes", "peak_bytes")
 
 
@@ -256,8 +256,9 @@ class GraphDiff:
                 "bytes_moved": cost.bytes_moved + cost.backward_bytes_moved,
                 "flops": cost.flops + cost.backward_flops,
                 "saved_bytes": cost.saved_bytes,
-                "peak_bytes": max(stage.peak_bytes or 0 for stage in last),
             }
+            if len(last) == 1:  # each is measured by itself: together they hold more than the largest of them
+                found["peak_bytes"] = last[0].peak_bytes or 0
         return found
 
     def to_dict(self) -> dict[str, Any]:

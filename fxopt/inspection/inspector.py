@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import PretrainedConfig
 
 from fxopt.capture import CapturedCall, OptimizedForward, Settings
-from fxopt.inspection.configurations import check_sizes, longest_sequence, usual_sequence
+from fxopt.inspection.configurations import check_sizes, sequence_for
 from fxopt.inspection.diff import Conditions, GraphDiff
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch, source_of
 from fxopt.inspection.record import Recorder, graph_of
@@ -49,9 +49,8 @@ def inspect_optimized(forward: OptimizedForward, prove: bool = True) -> GraphDif
         calls = [_with_fake_tensors(call) for call in forward.calls]
     diff = _inspect(model, settings, calls, mode, replaced)
     if not _same_rewrites(diff, forward.report):
-        recorder = Recorder()
         reason = "the graphs of the real calls are shown: on fake tensors the capture found others"
-        diff = _diff(forward.model, forward.report, recorder, calls, reason)
+        diff = _diff(forward.model, forward.report, Recorder(reason), calls)
     return diff
 
 
@@ -67,21 +66,14 @@ def inspect_model(
     prove: bool = True,
 ) -> GraphDiff:
     """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
-    check_sizes(batch_size=batch_size, sequence_length=sequence_length)
+    check_sizes(batch_size=batch_size)
     source, config = source_of(model)
+    sequence_length = sequence_for(config, sequence_length)
     fake, mode = fake_model(source, policy)
     chosen = cast(Policy, policy_of(fake))
     fake.train(training)
     if checkpointing:
         checkpoint_activations(fake)
-    longest = longest_sequence(config)
-    if sequence_length is None:
-        sequence_length = usual_sequence(config)
-    elif longest is not None and sequence_length > longest:
-        raise ValueError(
-            f"sequence_length is {sequence_length}, and {type(fake).__name__} takes {longest} at most "
-            "(max_position_embeddings)"
-        )
     with mode:
         arguments = labelled_batch(batch_size, sequence_length)
     call = CapturedCall(arguments, training, grad_enabled=training)
@@ -100,17 +92,15 @@ def _inspect(
                 forward.capture(dict(call.arguments))
         except Exception as error:  # anything that a model's code does with values, which fake tensors have not
             forward.report.fallbacks[f"{type(error).__name__}: {error}".splitlines()[0]] += 1
-    return _diff(model, forward.report, recorder, calls, recorder.not_measured)
+    return _diff(model, forward.report, recorder, calls)
 
 
-def _diff(
-    model: nn.Module, report: Report, recorder: Recorder, calls: list[CapturedCall], not_measured: str
-) -> GraphDiff:
+def _diff(model: nn.Module, report: Report, recorder: Recorder, calls: list[CapturedCall]) -> GraphDiff:
     return GraphDiff(
         model=report.model,
         policy=report.policy,
         conditions=_conditions(model, calls),
-        graphs=tuple(graph_of(record, recorder.stages_of(record), not_measured) for record in report.graphs),
+        graphs=tuple(graph_of(record, recorder.stages_of(record)) for record in report.graphs),
         graph_breaks=dict(report.graph_breaks),
         fallbacks=dict(report.fallbacks),
     )

@@ -175,7 +175,7 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is aten.add.Tensor and self._in_backward and not kwargs and self._is_from_backward(args[0]):
+        if func is aten.add.Tensor and not kwargs and self._adds_gradients and self._is_from_backward(args[0]):
             # Where several gradients of one value are added, autograd writes over the first; not over fake tensors.
             func = aten.add_.Tensor
         result = func(*args, **kwargs)
@@ -189,6 +189,11 @@ class Meter(TorchDispatchMode):
         if workspace := _WORKSPACE.get(func.overloadpacket):
             self.memory.note_peak(self.where, workspace(*args, **kwargs))
         return result
+
+    @property
+    def _adds_gradients(self) -> bool:
+        """Whether backward runs; not the forward that a checkpoint runs again in it, which records what it does."""
+        return self._in_backward and not torch.is_grad_enabled()
 
     def _is_from_backward(self, value: Any) -> bool:
         storage = self.memory.of(value) if isinstance(value, torch.Tensor) else None

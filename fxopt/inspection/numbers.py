@@ -20,13 +20,21 @@ def in_count(number: float) -> str:
     return _scaled(number, ("", "k", "M", "G", "T"))
 
 
+def amount_of(text: str) -> tuple[float, bool] | None:
+    """ "24GB" or "80 GiB" in bytes, or a number such as "1e9"; and whether it has a unit. None for anything else."""
+    found = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?(?:e\d+)?)\s*(?:([kmgt])(i?)b?|(b))?\s*", text.lower())
+    if found is None:
+        return None
+    number, prefix, binary, unit = found.groups()
+    return float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "), bool(prefix or unit)
+
+
 def bytes_of(text: str) -> int:
     """ "24GB", "80 GiB" or a number of bytes. Raises ValueError for what is no size of a memory."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text.lower())
-    if found is None or float(found[1]) == 0 or (found[2] is None and float(found[1]) < 1e6):
+    amount, has_unit = amount_of(text) or (0.0, False)
+    if amount <= 0 or not (has_unit or amount >= 1e6):
         raise ValueError(f"memory is {text!r}; it takes a size such as 24GB or 80GiB")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    return int(amount)
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:

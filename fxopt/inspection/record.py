@@ -24,19 +24,22 @@ from fxopt.rewrite.snapshot import NodeRow, snapshot
 
 @dataclass(frozen=True)
 class Seen:
-    """A graph at one stage: its nodes, in the order in which they run, and what they cost."""
+    """A graph at one stage: its nodes, in the order in which they run, and what they cost, or why that is not known."""
 
     name: str
     rows: tuple[NodeRow, ...]
-    measurement: Measurement | None
+    measurement: Measurement | str
 
 
 class Recorder:
-    """Sees each graph before the passes, after each, and as it runs, and measures it where it changed."""
+    """Sees each graph before the passes, after each, and as it runs, and measures it where it changed.
 
-    def __init__(self) -> None:
+    `not_seen` says why it may not have seen a graph.
+    """
+
+    def __init__(self, not_seen: str = "nobody looked at this graph") -> None:
         self.graphs: list[list[Seen]] = []
-        self.not_measured = ""
+        self.not_seen = not_seen
 
     def __call__(self, name: str, module: fx.GraphModule) -> None:
         if name == "captured":
@@ -44,15 +47,8 @@ class Recorder:
         stages = self.graphs[-1]
         rows = _in_order(snapshot(module))
         unchanged = bool(stages) and stages[-1].rows == rows
-        measurement = stages[-1].measurement if unchanged else self._measured(module)
+        measurement = stages[-1].measurement if unchanged else _measured(module)
         stages.append(Seen(name, rows, measurement))
-
-    def _measured(self, module: fx.GraphModule) -> Measurement | None:
-        try:
-            return measure(module)
-        except Exception as error:  # whatever an operation that depends on data says on fake tensors
-            self.not_measured = f"{type(error).__name__}: {error}".splitlines()[0]
-            return None
 
     def stages_of(self, record: GraphRecord) -> list[Seen]:
         """What was seen of a graph of the report; only its start and end if nobody looked."""
@@ -60,12 +56,19 @@ class Recorder:
         for stages in self.graphs:
             if (stages[0].rows, stages[-1].rows) == ends:
                 return stages
-        return [Seen("captured", ends[0], None), Seen("optimized", ends[1], None)]
+        return [Seen("captured", ends[0], self.not_seen), Seen("optimized", ends[1], self.not_seen)]
 
 
-def graph_of(record: GraphRecord, stages: list[Seen], not_measured: str) -> Graph:
+def _measured(module: fx.GraphModule) -> Measurement | str:
+    try:
+        return measure(module)
+    except Exception as error:  # whatever an operation that depends on data says on fake tensors
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def graph_of(record: GraphRecord, stages: list[Seen]) -> Graph:
     """A graph of the report, with everything that was seen of it."""
-    return _Builder(record, stages).graph(not_measured)
+    return _Builder(record, stages).graph()
 
 
 def _in_order(rows: tuple[NodeRow, ...]) -> tuple[NodeRow, ...]:
@@ -88,6 +91,8 @@ class _Builder:
 
     def __init__(self, record: GraphRecord, stages: list[Seen]):
         self.record, self.stages = record, stages
+        # None where a stage could not be measured.
+        self.measured = [seen.measurement if isinstance(seen.measurement, Measurement) else None for seen in stages]
         self.rows: dict[Key, NodeRow] = {}  # as each node was first seen
         self.latest: dict[Key, NodeRow] = {}
         self.present = [{(row.graph, row.name): row for row in stage.rows} for stage in stages]
@@ -107,7 +112,7 @@ class _Builder:
             self.remover |= dict.fromkeys(set(rewrite.removed) - set(rewrite.added), rewrite.rule)
         self.nodes = tuple(self._node(key) for key in self.ids)
 
-    def graph(self, not_measured: str) -> Graph:
+    def graph(self) -> Graph:
         first, last = ([self.ids[key] for key in present] for present in (self.present[0], self.present[-1]))
         hunks = self._hunks()
         return Graph(
@@ -122,7 +127,7 @@ class _Builder:
             hunks=hunks,
             blocks=blocks_of(self.nodes),
             misses=tuple(self._misses()),
-            not_measured=not_measured if any(stage.measurement is None for stage in self.stages) else "",
+            not_measured=next((s.measurement for s in self.stages if isinstance(s.measurement, str)), ""),
         )
 
     def _ordered(self) -> list[Key]:
@@ -145,7 +150,7 @@ class _Builder:
     def _stage(self, index: int) -> Stage:
         stage = self.stages[index]
         record = next((record for record in self.record.passes if record.name == stage.name), None)
-        measured = stage.measurement
+        measured = self.measured[index]
         return Stage(
             name=stage.name,
             num_nodes=len(stage.rows),
@@ -208,7 +213,7 @@ class _Builder:
                 yield index, nodes
 
     def _cost(self, key: Key, stage: int) -> Cost | None:
-        measurement = self.stages[stage].measurement
+        measurement = self.measured[stage]
         return measurement.costs.get(key, Cost()) if measurement else None
 
     def _misses(self) -> Iterator[Miss]:
@@ -267,7 +272,7 @@ class _Builder:
                     source=lead.source,
                     module=lead.module,
                     before=_sum(n.before for n in removed),
-                    after=_sum((n.after for n in added), where_empty=self.stages[-1].measurement is not None),
+                    after=_sum((n.after for n in added), where_empty=self.measured[-1] is not None),
                 )
             )
         return tuple(hunks)
@@ -307,14 +312,19 @@ def _source(line: SourceLine | None) -> Source | None:
 
 
 def _portable(path: str) -> str:
-    """A file's path without what is this machine's: from its package, or from the working directory."""
-    for root in (
+    """A file's path without what is this machine's: from its package, or from the working directory, or its name."""
+    for known in (
         sysconfig.get_path("purelib"),
         sysconfig.get_path("platlib"),
         sysconfig.get_path("stdlib"),
         os.getcwd(),
     ):
-        if Path(path).is_relative_to(root):
-            return Path(path).relative_to(root).as_posix()
+        if Path(path).is_relative_to(known):
+            return Path(path).relative_to(known).as_posix()
     _, installed, rest = path.rpartition("site-packages/")
-    return rest if installed else path
+    if installed:
+        return rest
+    root = Path(path).parent
+    while (root / "__init__.py").exists():  # a package that is not installed, or from where its source is
+        root = root.parent
+    return Path(path).relative_to(root).as_posix()

@@ -88,18 +88,44 @@ def _plain(value: Any, index: dict[Source, int]) -> Any:
 
 
 def load(path: str | Path) -> GraphDiff:
-    """The diff that `save` wrote to a JSON file. Raises ValueError for a file that holds none, or a newer one."""
+    """The diff that `save` wrote to a JSON file.
+
+    Raises ValueError, naming the file, for one that cannot be read, that holds none or half of one, or a newer one.
+    """
+    again = f"write one with: fxopt inspect MODEL --json {path}"
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise ValueError(f"{path} is not JSON; write one with: fxopt inspect MODEL --json {path}") from None
+        raise ValueError(f"{path} is not JSON; {again}") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError(f"{path} holds no graph diff; write one with: fxopt inspect MODEL --json {path}")
-    if data["version"] > VERSION:
-        raise ValueError(f"{path} has version {data['version']} and this fxopt reads {VERSION}: update fxopt")
-    return from_dict(data)
+        raise ValueError(f"{path} holds no graph diff; {again}")
+    version = data.get("version")
+    if type(version) is not int:
+        raise ValueError(f"{path} is damaged: its version is {version!r}; {again}")
+    if version > VERSION:
+        raise ValueError(f"{path} has version {version} and this fxopt reads {VERSION}: update fxopt")
+    try:
+        diff = from_dict(data)
+        _check(diff)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from error
+    return diff
+
+
+def _check(diff: GraphDiff) -> None:
+    """Raises what a diff raises whose parts do not fit each other."""
+    for graph in diff.graphs:
+        numbers = [*graph.before, *graph.after, *(n for old, new, _ in graph.aligned for n in (old, new))]
+        changes: tuple[Rewrite | Hunk, ...] = (*graph.rewrites, *graph.hunks)
+        numbers += [n for change in changes for n in (*change.removed, *change.added)]
+        numbers += [n for block in graph.blocks for n in block.nodes]
+        numbers += [n for node in graph.nodes for _, reads in node.reads for n in reads]
+        if not all(0 <= number < len(graph.nodes) for number in numbers):
+            raise ValueError(f"it has {len(graph.nodes)} nodes and names others")
+        sum((stage.cost for stage in graph.stages if stage.cost is not None), Cost())
+    sum(diff.metrics.values())
 
 
 def from_dict(data: dict[str, Any]) -> GraphDiff:
@@ -107,7 +133,7 @@ def from_dict(data: dict[str, Any]) -> GraphDiff:
     return GraphDiff(
         model=data["model"],
         policy=data["policy"],
-        conditions=Conditions(**data["conditions"]),
+        conditions=Conditions(**_known(Conditions, data["conditions"])),
         graphs=tuple(_graph_from_dict(graph) for graph in data["graphs"]),
         graph_breaks=data["graph_breaks"],
         fallbacks=data["fallbacks"],
@@ -115,8 +141,7 @@ def from_dict(data: dict[str, Any]) -> GraphDiff:
 
 
 def _graph_from_dict(data: dict[str, Any]) -> Graph:
-    sources = [Source(**source) for source in data["sources"]]
-    read = _Reader(sources)
+    read = _Reader([Source(**_known(Source, source)) for source in data["sources"]])
     return Graph(
         kind=data["kind"],
         frame=data["frame"],
@@ -150,9 +175,8 @@ class _Reader:
         self.sources = sources
 
     def __call__(self, cls: Any, data: dict[str, Any]) -> Any:
-        """An object of `cls` from its dictionary; fields that a later fxopt added are passed over."""
-        values = {field.name: self._value(cls, field.name, data[field.name]) for field in fields(cls)}
-        return cls(**values)
+        """An object of `cls` from its dictionary."""
+        return cls(**{name: self._value(cls, name, value) for name, value in _known(cls, data).items()})
 
     def _value(self, cls: type, name: str, value: Any) -> Any:
         if value is None:
@@ -160,8 +184,13 @@ class _Reader:
         if name == "source" and isinstance(value, int):
             return self.sources[value]
         if (inner := _CLASSES.get((cls, name))) is not None:
-            return inner(**value)
+            return inner(**_known(inner, value))
         return _tuples(value)
+
+
+def _known(cls: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """The fields that `cls` has; those that a later fxopt added are passed over."""
+    return {field.name: data[field.name] for field in fields(cls)}
 
 
 def _tuples(value: Any) -> Any:

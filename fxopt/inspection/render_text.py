@@ -20,7 +20,7 @@ MOST_MISSES = 12  # printed; `to_dict` has all
 
 
 def rendered(diff: GraphDiff) -> RenderableType:
-    return Group(*_parts(diff))
+    return printing.WithoutControls(Group(*_parts(diff)))
 
 
 def as_text(diff: GraphDiff) -> str:

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from torch import nn
 from transformers import PretrainedConfig
 
-from fxopt.inspection.configurations import check_sizes, longest_sequence, usual_sequence
+from fxopt.inspection.configurations import check_sizes, sequence_for
 from fxopt.inspection.fake_models import fake_model, source_of
 from fxopt.inspection.numbers import bytes_of, in_bytes, in_count
 from fxopt.kernels.adamw import workspace_bytes
@@ -143,11 +143,12 @@ def plan(
     if accuracy not in get_args(Accuracy):
         raise ValueError(f"unknown accuracy {accuracy!r}; known: {', '.join(get_args(Accuracy))}")
     source, config = source_of(model)
-    sequence_length = _checked_length(sequence_length, config)
+    sequence_length = sequence_for(config, sequence_length)
     like, _ = fake_model(source, "bf16")
     num_parameters = sum(parameter.numel() for parameter in like.parameters())
     budget = device_memory() if memory is None else memory
-    resolved = [choose(like, memory=budget)[0] if policy == "auto" else resolve(policy) for policy in policies]
+    asked = (choose(like, memory=budget)[0] if policy == "auto" else resolve(policy) for policy in policies)
+    resolved = list(dict.fromkeys(asked))
     limit = budget if batch_size is None and memory is not None else None
     planner = _Planner(source, sequence_length, num_devices, batch_size or 1, limit)
     rows: list[Row] = []
@@ -156,7 +157,8 @@ def plan(
         if on_progress is not None:
             on_progress(policy.name + ", activations computed again" * checkpointing, number, len(jobs))
         rows += planner.rows(policy, checkpointing)
-    recommended, why = recommend(rows, num_parameters, budget, accuracy)
+    notes = [*_frozen(like), *(_of_the_limit(rows) if limit is not None else ()), *planner.notes]
+    recommended, why = recommend(rows, num_parameters, budget, accuracy, num_devices)
     return Plan(
         model=type(like).__name__,
         num_parameters=num_parameters,
@@ -167,28 +169,23 @@ def plan(
         rows=tuple(rows),
         recommended=recommended,
         why=why,
-        notes=tuple(dict.fromkeys([*_frozen(like), *([_ROOM] if limit is not None else []), *planner.notes])),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-_ROOM = (
-    "a process takes more than is counted here, by 6 to 21 % in the runs of README: plan with less memory than the "
-    "device has"
-)
+def _of_the_limit(rows: Sequence[Row]) -> Iterator[str]:
+    """What is to be known of the most rows that fit."""
+    yield (
+        "a process takes more than is counted here, by 6 to 21 % in the runs of README: plan with less memory than "
+        "the device has"
+    )
+    if any(row.batch_size == MOST_ROWS for row in rows):
+        yield f"where {MOST_ROWS} rows fit, more may: no larger batch is tried"
 
 
 def _frozen(model: nn.Module) -> list[str]:
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     return [f"{in_count(frozen)} parameters of this model are frozen"] if frozen else []
-
-
-def _checked_length(sequence_length: int | None, config: PretrainedConfig | None) -> int:
-    if sequence_length is None:
-        return usual_sequence(config)
-    longest = longest_sequence(config)
-    if sequence_length < 1 or (longest is not None and sequence_length > longest):
-        raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {longest or 'any'} tokens")
-    return sequence_length
 
 
 class _Planner:
@@ -217,7 +214,7 @@ class _Planner:
             found = simulation.forward.report
             self.notes += [f"{name}: the graph breaks: {reason}" for reason in found.graph_breaks]
             self.notes += [f"{name}: the original forward runs: {reason}" for reason in found.fallbacks]
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # what models' code does with values, which fake tensors have not, raises anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.notes.append(f"{name} cannot be simulated (it may still train): {reason}")
 
@@ -310,7 +307,9 @@ def gathered_bytes(simulation: Simulation) -> int:
     return size * (3 * largest + outside)
 
 
-def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: Accuracy) -> tuple[Row | None, str]:
+def recommend(
+    rows: Sequence[Row], num_parameters: int, memory: int, accuracy: Accuracy, num_devices: int = 1
+) -> tuple[Row | None, str]:
     """The row to take, and why, in two sentences.
 
     By accuracy first: a step that is computed twice, or whose gradients are used up inside backward, is as accurate.
@@ -330,11 +329,11 @@ def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: A
         smallest = min(rows, key=lambda row: row.peak)
         return None, (
             f"None of these fits {size} into {room}. The smallest is {_described(smallest)}, with "
-            f"{in_bytes(smallest.peak)}: take more devices, shorter rows, or adapters (PEFT) on a frozen model."
+            f"{in_bytes(smallest.peak)}: take {_what_takes_less(rows)}."
         )
     best = fitting[0]
     passed = [policy for policy in order[: order.index(best.policy)] if any(row.policy == policy for row in rows)]
-    need = f"{in_bytes(best.peak)} of {room} at {best.batch_size} row{'s' * (best.batch_size > 1)} on each device"
+    need = f"{in_bytes(best.peak)} of {room} at {in_rows(best.batch_size)}{' on each device' * (num_devices > 1)}"
     if not has_bfloat16:
         first = f"This GPU has no bfloat16 arithmetic, so {_described(best)} is the one to take: {need}."
     elif passed:
@@ -349,6 +348,17 @@ def recommend(rows: Sequence[Row], num_parameters: int, memory: int, accuracy: A
         best,
         f"{first} {_WHAT_IT_IS.get(best.policy, 'It is none of the presets that are known for their accuracy.')}",
     )
+
+
+def in_rows(batch_size: int) -> str:
+    return f"{batch_size} row{'s' * (batch_size != 1)}"
+
+
+def _what_takes_less(rows: Sequence[Row]) -> str:
+    smaller = [policy for policy in ("bf16-8bit", "int8") if not any(row.policy == policy for row in rows)]
+    fewer = ["fewer rows"] if any(row.batch_size > 1 for row in rows) else []
+    ways = [*smaller, *fewer, "shorter rows", "more devices", "adapters (PEFT) on a frozen model"]
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def _described(row: Row) -> str:

@@ -21,12 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fxopt.inspection.numbers import in_bytes, in_count
-from fxopt.planning.plan import PARTS, Plan, Row
+from fxopt.planning.plan import PARTS, Plan, Row, in_rows
+from fxopt.printing import WithoutControls
 
 
 def headline(plan: Plan) -> str:
     devices = f", sharded over {plan.num_devices} devices" if plan.num_devices > 1 else ""
-    rows = "the most rows" if plan.is_largest else f"{plan.rows[0].batch_size if plan.rows else 0} rows"
+    rows = "the most rows" if plan.is_largest else in_rows(plan.rows[0].batch_size) if plan.rows else "rows"
     return (
         f"{plan.model}, {in_count(plan.num_parameters)} parameters: a training step of {rows} × {plan.sequence_length} "
         f"tokens{devices}, in {in_bytes(plan.memory)}"
@@ -52,7 +53,7 @@ def as_table(plan: Plan) -> RenderableType:
         table.add_row(*map(Text, cells), style=style)  # names are text, whatever they look like
     parts: list[RenderableType] = [Text(headline(plan), style="bold"), table, Text("\n" + plan.why)]
     parts += [Text(note, style="yellow") for note in plan.notes]
-    return Group(*parts)
+    return WithoutControls(Group(*parts))
 
 
 def handling(row: Row) -> tuple[str, str]:

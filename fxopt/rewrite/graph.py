@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ MUTATING_OPERATORS = frozenset(
 )
 RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "exponential", "rrelu")
 # In Dynamo's names of sources, what is not part of a path in the model.
-DYNAMO_WORDS = frozenset({"L", "G", "forward", "__self__", "call", "_modules", "_parameters", "_buffers"})
+DYNAMO_WORDS = frozenset({"L", "G", "forward", "__self__", "call", "_modules", "_parameters", "_buffers", "__dict__"})
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -199,15 +201,20 @@ class SourceLine:
 
 
 def source_of(node: fx.Node) -> SourceLine | None:
-    """The innermost line of model source that a node comes from."""
+    """The innermost line of model source that a node comes from; of a cast that a policy asks for, where it is made."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
+    own: SourceLine | None = None
     for index in range(len(lines) - 1, -1, -1):
         if found := _FRAME.match(lines[index]):
             path, line, function = found.groups()
-            return SourceLine(path, int(line), function, lines[index + 1] if index + 1 < len(lines) else "")
-    return None
+            here = SourceLine(path, int(line), function, lines[index + 1] if index + 1 < len(lines) else "")
+            if not path.startswith(_OWN):
+                return here
+            own = own or here
+    return own
 
 
+_OWN = str(Path(__file__).parents[1]) + os.sep
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (.*)')
 
 

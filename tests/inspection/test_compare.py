@@ -42,14 +42,16 @@ def test_a_rule_that_is_missing_is_seen(diff, without_rope):
     [
         ("fusions < 61", True), ("fusions<=2", False), ("fusions > 5 %", False), ("fusions < -5%", True),
         ("rope == 0", True), ("rope != 0", False), ("peak_bytes > 20 GB", False), ("saved_bytes > 1 kB", True),
-        ("launches > 5 %", True), ("refused > 0", False),
+        ("launches > 5 %", True), ("refused > 0", False), ("saved_bytes>1KiB", True), ("peak_bytes > 1e9", False),
     ],
 )  # fmt: skip
 def test_conditions(diff, without_rope, text, holds):
     assert Condition.parse(text).holds(diff.metrics, without_rope.metrics) is holds
 
 
-@pytest.mark.parametrize("text", ["fusions", "fusions < ", "fusions ~ 3", "fusions < 3 apples", "< 3"])
+@pytest.mark.parametrize(
+    "text", ["fusions", "fusions < ", "fusions ~ 3", "fusions < 3 apples", "< 3", "fusions < 1.2.3", "launches > 5 k%"]
+)
 def test_what_is_no_condition(text):
     with pytest.raises(ValueError, match="is no condition"):
         Condition.parse(text)
@@ -82,3 +84,21 @@ def test_an_unmeasured_number_is_no_zero(diff):
     with console.capture() as capture:
         console.print(Comparison(diff, unmeasured))
     assert "not measured" in capture.get() and "−100 %" not in capture.get()
+
+
+def test_each_of_several_graphs_is_measured_by_itself(diff):
+    """Their largest peak is not that of a call that runs them all: a graph break does not lower it."""
+    broken = replace(diff, graphs=2 * diff.graphs)
+    assert diff.metrics.keys() - broken.metrics.keys() == {"peak_bytes"}
+    assert broken.metrics["saved_bytes"] == 2 * diff.metrics["saved_bytes"]
+    with pytest.raises(ValueError, match="peak_bytes was not measured in B"):
+        Condition.parse("peak_bytes > 1 GB").holds(diff.metrics, broken.metrics)
+
+
+def test_a_terminal_obeys_nothing_that_a_file_holds(diff):
+    renamed = replace(diff, model="Llama\x1b[31m\x9b2J\rX")
+    for shown in (Comparison(renamed, diff), renamed):
+        console = Console(width=200, force_terminal=True, color_system=None)
+        with console.capture() as capture:
+            console.print(shown)
+        assert "Llama�[31m�2JX" in capture.get() and not {"\x1b", "\x9b", "\r"} & set(capture.get())

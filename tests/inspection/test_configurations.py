@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -21,6 +22,9 @@ from tests.tiny_models import SIZES
         ("Qwen/Qwen3-8B", 8_190_735_360),
         ("google/gemma-2-2b", 2_614_341_888),
         ("google/gemma-3-1b-pt", 999_885_952),
+        ("google/gemma-3-1b-it", 999_885_952),
+        ("SmolLM2-135M-Instruct", 134_515_008),
+        ("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552),
         ("mistralai/Mistral-7B-v0.3", 7_248_023_552),
     ],
 )
@@ -111,3 +115,18 @@ def test_no_internet(monkeypatch):
 def test_nearest_names():
     assert nearest_names("meta-lama/Llama-3.2-1B")[0] == "meta-llama/Llama-3.2-1B"
     assert nearest_names("zzzzzzzzz") == []
+
+
+def test_without_internet_the_hub_is_asked_once(monkeypatch):
+    asked = []
+
+    def unreachable(self, url, **options):
+        asked.append((str(url), options["timeout"]))
+        raise OSError("no route to host")
+
+    client = type(huggingface_hub.get_session())
+    monkeypatch.setattr(client, "head", unreachable)
+    monkeypatch.setattr(client, "request", unreachable)
+    with pytest.raises(UnknownModelError, match=r"'somebody/something' cannot be had: .*without internet: Hugging"):
+        configuration_of("somebody/something")
+    assert asked == [(huggingface_hub.constants.ENDPOINT, 3)]

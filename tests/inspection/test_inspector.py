@@ -12,6 +12,7 @@ import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm, tiny_config
 from fxopt.inspection.diff import GraphDiff
 from fxopt.inspection.meter import Cost
+from fxopt.inspection.record import _portable
 from tests.tiny_models import LLAMA_HITS, SIZES, tiny_batch, tiny_llama
 
 KINDS = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3")
@@ -225,3 +226,22 @@ def test_weights_are_counted_as_they_are_stored():
     bf16, int8 = (fxopt.inspect(config, policy, sequence_length=16, prove=False) for policy in ("bf16", "int8"))
     assert int8.conditions.num_parameters == bf16.conditions.num_parameters
     assert int8.conditions.parameter_bytes < 0.6 * bf16.conditions.parameter_bytes
+
+
+def test_a_cast_of_a_policy_is_traced_to_the_model_s_source():
+    diff = fxopt.inspect(LlamaConfig(**SIZES), "bf16-islands", sequence_length=16)
+    (graph,) = diff.graphs
+    lines = [node.source for node in graph.nodes if node.source] + [hunk.source for hunk in graph.hunks]
+    assert not any(line.file.startswith("/") for line in lines)
+    assert {line.code for line in lines if "fxopt" in line.file} == {"outputs.logits = deferred(logits)"}
+    assert not any("__dict__" in node.arguments for node in graph.nodes)
+
+
+def test_a_path_is_told_without_the_machine(tmp_path):
+    package = tmp_path / "research" / "models"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    assert _portable(str(package / "mine.py")) == "research/models/mine.py"
+    assert _portable(str(tmp_path / "script.py")) == "script.py"
+    assert _portable("/opt/venv/lib/python3.12/site-packages/transformers/a.py") == "transformers/a.py"

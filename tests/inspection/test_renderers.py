@@ -30,7 +30,12 @@ def test_json_and_back(diff: GraphDiff, tmp_path):
 def test_json_of_a_later_fxopt(diff: GraphDiff, tmp_path):
     path = tmp_path / "diff.json"
     data = diff.to_dict()
-    data["graphs"][0]["nodes"][0]["mood"] = "a field that version 1 got later"
+    (graph,) = data["graphs"]
+    costed = next(node for node in graph["nodes"] if node["before"])
+    proven = next(rewrite for rewrite in graph["rewrites"] if rewrite["proof"])
+    parts = (graph["nodes"][0], graph["sources"][0], data["conditions"], costed["before"], proven["proof"], graph, data)
+    for part in parts:
+        part["mood"] = "a field that version 1 got later"
     path.write_text(json.dumps(data))
     assert load(path) == diff
     path.write_text(json.dumps({**data, "version": 2}))
@@ -43,6 +48,30 @@ def test_a_file_that_is_no_diff(tmp_path, text, message):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.pop("version"),
+        lambda data: data.update(version="2"),
+        lambda data: data.update(graphs=7),
+        lambda data: data.pop("conditions"),
+        lambda data: data["graphs"][0].update(stages=[]),
+        lambda data: data["graphs"][0]["nodes"][3].update(source=10_000),
+        lambda data: data["graphs"][0]["nodes"].pop(),
+        lambda data: data["graphs"][0]["after"].append(-1),
+        lambda data: data["graphs"][0]["stages"][-1]["cost"].update(launches="many"),
+        lambda data: data["graphs"][0].pop("hunks"),
+    ],
+)
+def test_a_damaged_file(diff: GraphDiff, tmp_path, damage):
+    path = tmp_path / "diff.json"
+    data = json.loads(json.dumps(diff.to_dict()))
+    damage(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"diff\.json is damaged.*fxopt inspect MODEL --json"):
         load(path)
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import fxopt
+import fxopt.planning.plan as planning
 from benchmarks.plan_accuracy import allocated_at_most
 from fxopt.capture import OptimizedForward
 from fxopt.planning.plan import PARTS, Plan, Row, largest_batch, recommend
@@ -241,7 +242,7 @@ def test_names_are_shown_as_text(tmp_path):
 def test_bad_input():
     with pytest.raises(ValueError, match="batch_size is 0"):
         fxopt.plan(config(), batch_size=0)
-    with pytest.raises(ValueError, match="takes 1 to 256 tokens"):
+    with pytest.raises(ValueError, match="takes 256 at most"):
         fxopt.plan(config(), sequence_length=300)
     with pytest.raises(ValueError, match="known: critical, normal, tolerant"):
         fxopt.plan(config(), accuracy="high")
@@ -262,3 +263,25 @@ def test_another_architecture_and_a_model_itself():
     assert found.rows[4].policy == "int8"  # of so little memory
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert isinstance(model.forward, OptimizedForward) and not model.forward.report.graphs
+
+
+def test_each_policy_is_planned_once_and_numbers_are_told_in_words(monkeypatch):
+    monkeypatch.setattr(planning, "MOST_ROWS", 4)
+    of = config(num_hidden_layers=1)
+    found = fxopt.plan(of, ["bf16", "bf16"], sequence_length=8, memory="1GB", num_devices=2)
+    assert len(found.rows) == 4 and {row.batch_size for row in found.rows} == {4}
+    assert "where 4 rows fit, more may: no larger batch is tried" in found.notes
+    assert "at 4 rows on each device" in found.why
+    alone = fxopt.plan(of, "bf16", sequence_length=8, batch_size=1, memory="1GB")
+    assert "a training step of 1 row × 8 tokens" in str(alone) and "at 1 row." in alone.why
+
+
+def test_what_a_model_s_code_raises_is_a_note(monkeypatch):
+    def fail(*arguments):
+        raise KeyError("mood")
+
+    monkeypatch.setattr(Simulation, "step", fail)
+    found = fxopt.plan(config(num_hidden_layers=1), "bf16", sequence_length=8)
+    assert found.rows == () and found.recommended is None
+    assert found.notes[0] == "bf16 cannot be simulated (it may still train): 'mood'"
+    assert "a training step of rows × 8 tokens" in str(found)

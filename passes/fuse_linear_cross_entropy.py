@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
+from fxopt.passes.widen_int8_head import with_int8_heads
 from fxopt.rewrite.graph import cast, dtype_of, shape_of, value_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
@@ -315,7 +316,7 @@ class FuseLinearCrossEntropyWithZLoss(FuseScaledLinearCrossEntropy):
         )
 
 
-FUSE_LINEAR_CROSS_ENTROPY = rules_pass(
+_RULES = rules_pass(
     "fuse_linear_cross_entropy",
     CastBeforeView,
     ContiguousSliceBeforeCastLinear,  # before the two that would leave the copy
@@ -330,3 +331,4 @@ FUSE_LINEAR_CROSS_ENTROPY = rules_pass(
     FuseDividedLinearCrossEntropy,
     FuseSoftcappedLinearCrossEntropy,
 )
+FUSE_LINEAR_CROSS_ENTROPY = with_int8_heads(_RULES)

@@ -345,7 +345,7 @@ def test_advice_that_is_given_once_does_not_break_the_graph():
     assert len(report.graphs) == 1 and report.hits["linear_cross_entropy"] == 1
 
 
-def test_a_quantized_weight_is_left_to_its_own_operations():
+def test_a_quantized_weight_is_left_to_its_own_operations_but_for_the_loss():
     torch.manual_seed(0)
     model = tiny_llama()
     quantize_(model.lm_head, int8_weight_only_quantized_training())
@@ -353,10 +353,32 @@ def test_a_quantized_weight_is_left_to_its_own_operations():
     plain = fxopt.restore(copy.deepcopy(model))
     loss, expected = (each(**tiny_batch()).loss for each in (model, plain))
     torch.testing.assert_close(loss, expected)
+    for each in (loss, expected):
+        each.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, plain.lm_head.weight.grad)
+    torch.testing.assert_close(model.model.embed_tokens.weight.grad, plain.model.embed_tokens.weight.grad)
+    assert fxopt.report(model).hits == {**LLAMA_HITS, "int8_values": 1}
+
+
+def test_an_int8_head_whose_loss_is_not_fused_keeps_its_weight():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    quantize_(model.lm_head, int8_weight_only_quantized_training())
+    batch = tiny_batch()
+
+    def probabilities(logits, labels, vocab_size, **unused):
+        return torch.nn.functional.cross_entropy(
+            logits.view(-1, vocab_size), logits.detach().view(-1, vocab_size).sigmoid()
+        )
+
+    model.loss_function = probabilities
+    model = fxopt.optimize(model, "fp32")
+    plain = fxopt.restore(copy.deepcopy(model))
+    torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
     report = fxopt.report(model)
-    (miss,) = (miss for miss in report.near_misses if miss.rule == "FuseLinearCrossEntropy")
-    assert "`weight` is no plain tensor, but a Int8QuantizedTrainingLinearWeight" in miss.reason
-    assert report.hits == {op: n for op, n in LLAMA_HITS.items() if op != "linear_cross_entropy"}
+    assert "int8_values" not in report.hits and "linear_cross_entropy" not in report.hits
+    (graph,) = fxopt.inspect(model).graphs
+    assert not any("widened" in graph.nodes[number].operation for number in graph.after)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

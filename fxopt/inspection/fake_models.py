@@ -43,7 +43,17 @@ def fake_model(source: PretrainedConfig | nn.Module, policy: str | Policy | None
     with warnings.catch_warnings():
         # Of an optimizer that holds the weights: there is none.
         warnings.filterwarnings("ignore", message="weights of a model that was compiled became other objects")
-        return annotate(model, policy, emulate=True), mode  # what is not computed needs no hardware for it
+        annotate(model, policy, emulate=True)  # what is not computed needs no hardware for it
+    _cast_constants(model)
+    return model, mode
+
+
+def _cast_constants(model: nn.Module) -> None:
+    """A fake scalar that was made of a number computes with it: in the dtype that a policy gave the scalar since."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        constant = getattr(tensor, "constant", None)
+        if constant is not None and constant.dtype != tensor.dtype:
+            tensor.constant = constant.to(tensor.dtype)  # type: ignore[attr-defined]
 
 
 def _of_configuration(config: PretrainedConfig, mode: FakeTensorMode) -> Any:

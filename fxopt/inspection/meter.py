@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -101,8 +101,13 @@ def _concrete(value: Any) -> Any:
     """A fake tensor, or a number, of the size that was captured."""
     if not isinstance(value, torch.Tensor):
         return _number(value) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
-    sizes, strides = ([_number(n) for n in numbers] for numbers in (value.shape, value.stride()))
-    tensor = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    sizes, strides = (torch.Size([_number(n) for n in numbers]) for numbers in (value.shape, value.stride()))
+    if is_traceable_wrapper_subclass(value):
+        names, context = value.__tensor_flatten__()
+        inner = {name: _concrete(getattr(value, name)) for name in names}
+        tensor = type(value).__tensor_unflatten__(inner, context, sizes, strides)
+    else:
+        tensor = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
     if value.requires_grad:
         tensor.requires_grad_().register_post_accumulate_grad_hook(_release_gradient)
     return tensor

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,11 @@ class _Widen(torch.autograd.Function):
         return gradients[0]
 
 
+def widened(weight: Tensor) -> Tensor:
+    """A plain tensor (N, D) of an int8 weight's values, in the dtype of its scales. Its gradient is the weight's."""
+    return cast(Tensor, _Widen.apply(weight))
+
+
 class _ContiguousGradient(torch.autograd.Function):
     """The identity; the gradient that arrives is made contiguous."""
 
@@ -221,7 +226,7 @@ _PRODUCTS = [torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__,
 
 @Int8Weight.implements_torch_function(_PRODUCTS)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    return func(*(_Widen.apply(arg) if isinstance(arg, Int8Weight) else arg for arg in args), **kwargs)
+    return func(*(widened(arg) if isinstance(arg, Int8Weight) else arg for arg in args), **kwargs)
 
 
 # What torchao's two kinds of linear layers hold beside what nn.Linear does.

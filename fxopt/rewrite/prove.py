@@ -187,7 +187,7 @@ def _prove_at(rewrite: Rewrite, sizes: Sizes) -> Proof:
     sampler, both = Sampler(rewrite, sizes), _BothSides(rewrite, sizes)
     errors: _ErrorsOf = {}
     for draw in range(MOST_DRAWS):
-        if draw == 1 and not any(kept.objection for kept in errors.values()):
+        if draw == 1 and not _objection(errors):
             break
         for magnitude in MAGNITUDES:
             seen = both.evaluate(sampler.ordinary(magnitude, SEED + 2 * draw), seed=SEED + 2 * draw + 1)
@@ -196,13 +196,51 @@ def _prove_at(rewrite: Rewrite, sizes: Sizes) -> Proof:
             _note_errors(errors, seen, magnitude)
             if magnitude == 1.0 and draw == 0:
                 ordinary = seen
-    reason = next((kept.objection for kept in errors.values() if kept.objection), "")
+    reason = _objection(errors)
     num_inputs = (draw + 1) * len(MAGNITUDES)
     for what, inputs in sampler.special(SEED, both.gradients(sampler.ordinary(1.0, SEED))) if not reason else ():
         num_inputs += 1
         if difference := _why_not_finite_alike(both.evaluate(inputs, seed=SEED + 1), ordinary):
             reason = f"with {what}, {difference}"
             break
+    return _proof_of(errors, reason, num_inputs)
+
+
+def compare(
+    original: Callable[..., torch.Tensor],
+    replacement: Callable[..., torch.Tensor],
+    draw_inputs: Callable[[int, bool], tuple[torch.Tensor, ...]],
+) -> Proof:
+    """The proof for two functions of tensors, where there are no graphs: the first two of the three things.
+
+    `draw_inputs(seed, wide)` gives what both are called with, in float64 if `wide`; gradients are those of all.
+    """
+
+    def evaluate(run: Callable[..., torch.Tensor], seed: int, wide: bool) -> _Tensors:
+        leaves = draw_inputs(seed, wide)
+        result = run(*leaves)
+        cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed)).to(result)
+        gradients = torch.autograd.grad(result, leaves, cotangent)
+        return {"result": result.detach()} | {f"gradient {index}": value for index, value in enumerate(gradients)}
+
+    errors: _ErrorsOf = {}
+    with _isolated():
+        for draw in range(MOST_DRAWS):
+            if draw == 1 and not _objection(errors):
+                break
+            sides = [evaluate(run, SEED + draw, wide) for wide in (True, False) for run in (original, replacement)]
+            seen = _Seen(*sides)
+            if reason := _why_another(seen):
+                return _failed(reason)
+            _note_errors(errors, seen, 1.0)
+    return _proof_of(errors, _objection(errors), draw + 1)
+
+
+def _objection(errors: _ErrorsOf) -> str:
+    return next((kept.objection for kept in errors.values() if kept.objection), "")
+
+
+def _proof_of(errors: _ErrorsOf, reason: str, num_inputs: int) -> Proof:
     shown = [kept for (_, norm, magnitude), kept in errors.items() if norm == "largest" and magnitude in (0.0, 1.0)]
     return Proof(
         reason=reason,

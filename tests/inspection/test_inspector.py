@@ -245,3 +245,10 @@ def test_a_path_is_told_without_the_machine(tmp_path):
     assert _portable(str(package / "mine.py")) == "research/models/mine.py"
     assert _portable(str(tmp_path / "script.py")) == "script.py"
     assert _portable("/opt/venv/lib/python3.12/site-packages/transformers/a.py") == "transformers/a.py"
+
+
+@pytest.mark.parametrize(("kind", "policy"), [("apertus", "bf16-islands"), ("llama", "int8")])
+def test_scalars_and_int8_weights_are_inspected_in_their_own_dtype(kind, policy):
+    diff = fxopt.inspect(tiny_config(kind), policy, sequence_length=16)
+    (graph,) = diff.graphs
+    assert not diff.fallbacks and not graph.not_measured and diff.hits["linear_cross_entropy"] == 1

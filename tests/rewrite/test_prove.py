@@ -1,5 +1,7 @@
 """Every wrong rule must be refused, and the right one must not."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from fxopt.passes.fuse_linear_cross_entropy import FuseLinearCrossEntropy
 from fxopt.passes.fuse_rms_norm import FuseRMSNorm
 from fxopt.passes.fuse_rope import FuseRoPE
 from fxopt.rewrite.match import find_matches
-from fxopt.rewrite.prove import Prover
+from fxopt.rewrite.prove import Prover, compare
 from fxopt.rewrite.replace import rewrite_of
 from fxopt.rewrite.spelling import spell_out
 from tests.captured_graphs import captured
@@ -198,3 +200,26 @@ def test_large_vocabularies_are_cut():
         (wide_loss, lambda: (leaf(2, 6, 64), leaf(60_000, 64), torch.randint(0, 60_000, (12,)))),
     )
     assert proof.holds, proof.reason
+
+
+def test_two_functions_are_compared_as_two_graphs_are():
+    def draw_inputs(seed, wide):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(size, generator=generator).to(BF16) for size in ((32, 64), (48, 64))]
+        return tuple((value.double() if wide else value).requires_grad_() for value in drawn)
+
+    def narrowed(hidden, weight):
+        return F.linear(hidden, weight) if hidden.dtype == torch.float64 else F.linear(hidden, weight * 1.001 / 1.001)
+
+    right = compare(F.linear, F.linear, draw_inputs)
+    assert right.holds and 0 < right.original_error == right.replacement_error < 0.01
+    for wrong, reason in (
+        (lambda hidden, weight: 1.01 * F.linear(hidden, weight), "another function"),
+        (
+            lambda hidden, weight: F.linear(hidden, weight.detach() + 0.01 * (weight - weight.detach())),
+            "unused|another",
+        ),
+        (lambda hidden, weight: F.linear(hidden, weight).double(), "result is torch.float64"),
+        (narrowed, "less accurate"),
+    ):
+        assert re.search(reason, compare(F.linear, wrong, draw_inputs).reason)

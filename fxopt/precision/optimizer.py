@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from fxopt.precision import optimizer_states
 from fxopt.precision.annotate import parameter_precisions
 from fxopt.precision.gradient_clipping import ClipBy, GradientClipping
 from fxopt.precision.optimizer_kinds import RULES, Item, Kind
-from fxopt.precision.parameter_storage import is_int8, is_wrapper, local
+from fxopt.precision.param_group import check_options, check_parameter, name_of, place_of
+from fxopt.precision.parameter_storage import is_int8, local
 from fxopt.precision.policy import OptimizerState, Precision
 from fxopt.precision.release_gradients import UpdateInBackward
 from fxopt.precision.roles import Role, parameter_roles
@@ -149,11 +150,11 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_options(group)
+            check_options(group)
             optimizer_states.load(group["optimizer_state"])
             for place, parameter in enumerate(group["params"]):
                 if parameter.requires_grad:
-                    _check_parameter(parameter, group, place)
+                    check_parameter(parameter, group, place)
         except Exception:
             self.param_groups.pop()
             raise
@@ -279,7 +280,7 @@ class Optimizer(torch.optim.Optimizer):
         together: dict[torch.device, list[tuple[Tensor, str]]] = {}
         for parameter in fresh:
             group, _ = self._places[parameter]
-            _check_parameter(parameter, group, _place(group, parameter))  # frozen when it was added, trained now
+            check_parameter(parameter, group, place_of(group, parameter))  # frozen when it was added, trained now
         for parameter in fresh:
             group, _ = self._places[parameter]
             state = self.state[parameter]
@@ -307,8 +308,8 @@ class Optimizer(torch.optim.Optimizer):
             if parameter.grad.layout != torch.strided:
                 group, _ = self._places[parameter]
                 raise RuntimeError(
-                    f"the gradient of {_name(group, _place(group, parameter))} is sparse, and fxopt.optimizer updates "
-                    "dense ones; build the embedding with sparse=False"
+                    f"the gradient of {name_of(group, place_of(group, parameter))} is sparse, and fxopt.optimizer "
+                    "updates dense ones; build the embedding with sparse=False"
                 )
 
 
@@ -356,56 +357,6 @@ def _rounding_and_state(precision: Precision | None) -> dict[str, Any]:
 
 def _is_muons(parameter: Tensor, role: Role) -> bool:
     return role == Role.LINEAR and parameter.dim() == 2
-
-
-def _place(group: dict[str, Any], parameter: Tensor) -> int:
-    return next(place for place, other in enumerate(group["params"]) if other is parameter)
-
-
-def _name(group: dict[str, Any], place: int) -> str:
-    names = group.get("param_names")
-    shape = tuple(group["params"][place].shape)
-    return f"parameter {names[place]!r}" if names else f"parameter {place} of its group, of shape {shape},"
-
-
-def _check_parameter(parameter: Tensor, group: dict[str, Any], place: int) -> None:
-    name = _name(group, place)
-    if is_int8(parameter):
-        pass
-    elif is_wrapper(parameter):
-        raise TypeError(
-            f"{name} is a {type(parameter).__name__}, not a plain tensor: freeze it (requires_grad_(False)) or train "
-            "it with the optimizer of the library that quantized it"
-        )
-    elif parameter.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(
-            f"{name} is {parameter.dtype}, and fxopt.optimizer updates torch.float32 and torch.bfloat16: convert the "
-            "model with fxopt.annotate(model, 'bf16'), or freeze the parameter"
-        )
-    elif hasattr(parameter, "to_local") and optimizer_states.quantizes(
-        local(parameter).numel(), group["optimizer_state"]
-    ):
-        raise TypeError(
-            f"{name} is sharded, and {group['optimizer_state']} optimizer states are not: use optimizer_state='float32'"
-        )
-    RULES[group["kind"]].check(parameter, name)
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    for option, value, right in (
-        ("lr", group["lr"], float(group["lr"]) >= 0),
-        ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
-        ("eps", group["eps"], group["eps"] >= 0),
-        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
-        ("kind", group["kind"], group["kind"] in get_args(Kind)),
-        ("momentum", group["momentum"], group["momentum"] is None or group["momentum"] >= 0),
-        ("rounding", group["rounding"], group["rounding"] in get_args(Rounding)),
-        ("optimizer_state", group["optimizer_state"], group["optimizer_state"] in get_args(OptimizerState)),
-        ("seed", group["seed"], isinstance(group["seed"], int)),
-    ):
-        if not right:
-            raise ValueError(f"fxopt.optimizer: {option}={value!r} is out of range")
 
 
 def _roles_named(no_decay: str | None) -> frozenset[Role]:

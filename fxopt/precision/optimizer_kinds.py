@@ -104,8 +104,7 @@ class AdamWRule:
         )
 
     def _update_in_chunks(self, items: Sequence[Item], group: Group) -> None:
-        scratch: dict[torch.device, _Scratch] = {}
-        largest = max((item.gradient.numel() for item in items), default=0)
+        scratch = {device: _Scratch(device) for device in {item.gradient.device for item in items}}
         for item in items:
             storage, moments = item.storage(group), [local(item.state[name]) for name in self.signed]
             gradient = item.gradient.reshape(-1)
@@ -113,8 +112,6 @@ class AdamWRule:
             aligned = math.lcm(storage.alignment, *(getattr(moment, "block_size", 1) for moment in moments))
             most = CHUNK_NUMEL if device.type == "cpu" else GPU_CHUNK_NUMEL
             chunk = max(aligned, most // aligned * aligned)
-            if device not in scratch or scratch[device].numel < min(chunk, numel):
-                scratch[device] = _Scratch(max(min(chunk, numel), min(most, largest)), device)
             for start in range(0, numel, chunk):
                 stop = min(start + chunk, numel)
                 p32, g32, m32, v32, passing = scratch[device].take(stop - start)
@@ -141,15 +138,20 @@ class AdamWRule:
 
 
 class _Scratch:
-    """Memory for the float32 values of a chunk of up to `numel` elements, for chunk after chunk."""
+    """Memory for the float32 values of a chunk, for chunk after chunk; as much as the largest needs."""
 
-    def __init__(self, numel: int, device: torch.device) -> None:
-        self.numel = numel
-        self._values = torch.empty(4, numel, dtype=torch.float32, device=device)
-        self._states = optimizer_states.Scratch(numel, device)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._provide(0)
+
+    def _provide(self, numel: int) -> None:
+        self._values = torch.empty(4, numel, dtype=torch.float32, device=self._device)
+        self._states = optimizer_states.Scratch(numel, self._device)
 
     def take(self, numel: int) -> tuple[Tensor, Tensor, Tensor, Tensor, optimizer_states.Scratch]:
         """For `numel` elements: parameter, gradient and two moments (numel,), and what the states pass through."""
+        if numel > self._values.shape[1]:
+            self._provide(numel)
         p, g, m, v = self._values[:, :numel]
         return p, g, m, v, self._states
 

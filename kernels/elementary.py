@@ -1,4 +1,4 @@
-"""e^x, log, sigmoid and tanh for Triton kernels, float32 to about one rounding, float64 as Triton has them.
+"""e^x, log, sigmoid, tanh and its slope for Triton kernels, float32 to about one rounding, float64 as Triton has them.
 
 `tl.exp` is the hardware's 2^x of a rounded x * log2(e): its relative error grows with |x|, to a hundred roundings where
 softmax has its smallest terms. `tl.log` has an absolute error that eager code's has not near 1, and `/` is no IEEE
@@ -79,3 +79,10 @@ def tanh(x):
     part = divide(part, 34459425.0 + x2 * (16216200.0 + x2 * (945945.0 + x2 * (13860.0 + x2 * 45.0))))
     beyond = 1.0 - divide(2.0, 1.0 + exp(2.0 * tl.abs(x)))
     return tl.where(x2 < 1.0, x - x * part, tl.where(x < 0.0, -beyond, beyond))
+
+
+@triton.jit
+def tanh_slope(x):
+    """1 - tanh(x)², without the difference: where x is large, it would be that of roundings alone."""
+    e = exp(-2.0 * tl.abs(x))
+    return divide(4.0 * e, (1.0 + e) * (1.0 + e))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, tl, triton, triton_dtype
-from fxopt.kernels.elementary import divide, exp, log, tanh
+from fxopt.kernels.elementary import divide, exp, log, tanh, tanh_slope
 from fxopt.kernels.launch import launch
 from fxopt.kernels.op import op
 
@@ -142,7 +142,8 @@ def _softmax_rows_kernel(
             cols = start + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(DTYPE)
             if SOFTCAP is not None:
-                z = tanh(z * (LOGIT_SCALE / SOFTCAP))
+                inner = z * (LOGIT_SCALE / SOFTCAP)
+                z = tanh(inner)
             p = divide(exp((z - maximum) * FACTOR), total)
             if Z_LOSS > 0.0:
                 p *= 1.0 + 2.0 * Z_LOSS * logsumexp
@@ -150,7 +151,7 @@ def _softmax_rows_kernel(
                 p -= tl.full([], LABEL_SMOOTHING, dtype=DTYPE) / V
             dz = (p - tl.where(cols == label, 1.0 - LABEL_SMOOTHING, 0.0)) * scale
             if SOFTCAP is not None:
-                dz *= (1.0 - z) * (1.0 + z)  # 1 - z is exact where z is near 1
+                dz *= tanh_slope(inner)
             tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < V)
 
 

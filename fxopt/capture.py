@@ -28,6 +28,7 @@ from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from fxopt.precision.boundaries import has_boundaries
+from fxopt.printing import in_a_line
 from fxopt.rematerialize import rematerialize
 from fxopt.rewrite.graph import graph_modules
 from fxopt.rewrite.pipeline import Observer, PassRecord, Pipeline
@@ -118,7 +119,7 @@ class OptimizedForward:
             if state is not None:
                 state.give_back()
             outputs = self.original(*args, **kwargs)
-            self._disabled[kind] = _explained(error)
+            self._disabled[kind] = in_a_line(error)
             self.report.fallbacks[self._disabled[kind]] += 1
             logger.warning("a call of %s is not optimized: %s", self.report.model, self._disabled[kind])
             return outputs
@@ -176,7 +177,7 @@ class OptimizedForward:
                     self._compiled[kind] = whole
                     self.report.graphs[num_graphs:] = graphs
                 raise
-            logger.info("a call of %s is captured in pieces: %s", self.report.model, _explained(error))
+            logger.info("a call of %s is captured in pieces: %s", self.report.model, in_a_line(error))
             self._in_pieces.add(kind)
             return outputs
 
@@ -332,13 +333,6 @@ def _own_code(function: Callable[..., Any]) -> FunctionType:
     code = function.__code__.replace(co_name=name, co_qualname=name)
     # And its own globals, where Dynamo puts what it compiled.
     return FunctionType(code, dict(function.__globals__), name, function.__defaults__, function.__closure__)
-
-
-def _explained(error: BaseException) -> str:
-    """The compiler's error in one line: the error below its wrapper, if it has one, and its first line."""
-    error = getattr(error, "inner_exception", error)
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {first}"
 
 
 def _where_and_why(graph_break: Any) -> str:

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from fxopt.inspection.diff import GraphDiff
     from fxopt.precision.policy import Policy
 
-FAILED, WRONG_USE = 1, 2  # exit codes
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130  # exit codes; the last as shells have it
 FILE_WIDTH = 140
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0; 1 where a --fail-if holds or fxopt does not work here; 2 where it cannot be run."""
+    """Run the command.
+
+    Returns 0; 1 where a --fail-if holds or fxopt does not work here; 2 where it cannot be run; 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog="fxopt", description="See before you train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_inspect, _add_diff, _add_plan, _add_doctor):
@@ -31,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"fxopt {options.command}: {error}", file=sys.stderr)
         return WRONG_USE
+    except KeyboardInterrupt:
+        print(f"fxopt {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code
 
 
@@ -87,6 +93,8 @@ def _policy(name: str) -> str | Policy:
     from fxopt.precision.policy import Policy
 
     if name.endswith((".json", ".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ValueError(f"there is no policy file {name}")
         return Policy.load(name)
     return name if name == "auto" else Policy.named(name)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fxopt.cli import FAILED, WRONG_USE, main
+from fxopt.cli import FAILED, INTERRUPTED, WRONG_USE, main
 from tests.tiny_models import SIZES
 
 
@@ -45,6 +45,7 @@ def test_inspect_and_diff(model, tmp_path, capsys):
     [
         (["inspect", "Llama-3.2-1C"], "nearest: meta-llama/Llama-3.2-1B"),
         (["inspect", "Llama-3.2-1B", "--policy", "bf61"], "unknown policy 'bf61'; nearest: 'bf16'"),
+        (["plan", "Llama-3.2-1B", "--policy", "nothere.yaml"], "there is no policy file nothere.yaml"),
         (["inspect", "Llama-3.2-1B", "--seq", "0"], "--seq is 0"),
         (["inspect", "SmolLM2-135M", "--seq", "9000"], "takes 8192 at most"),
         (["plan", "SmolLM2-135M", "--memory", "24 apples"], "a size such as 24GB"),
@@ -66,6 +67,15 @@ def test_errors_say_what_to_do(arguments, message, capsys, tmp_path, monkeypatch
     assert main(arguments) == WRONG_USE
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_an_interrupt_is_no_error_of_ours(capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fxopt.api.inspect", interrupted)
+    assert main(["inspect", "SmolLM2-135M"]) == INTERRUPTED == 130
+    assert capsys.readouterr().err == "fxopt inspect: interrupted\n"
 
 
 def test_an_unknown_command(capsys):

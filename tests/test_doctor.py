@@ -13,10 +13,11 @@ import torch
 import fxopt
 from fxopt.cli import FAILED, WRONG_USE, _print, main
 from fxopt.diagnosis import processes, trials
-from fxopt.diagnosis.check import Check, Diagnosis, words
+from fxopt.diagnosis.check import Check, Diagnosis
 from fxopt.diagnosis.doctor import hub_check
 from fxopt.diagnosis.processes import NOT_TRIED, try_all
 from fxopt.diagnosis.versions import interpreter, version_checks, with_imports
+from fxopt.printing import in_a_line
 
 # Stands for `fxopt.diagnosis.trials`: the same protocol, and for each trial what the test says.
 FAKE = """
@@ -224,7 +225,7 @@ def test_triton_without_a_compiler_names_the_package_that_has_one(monkeypatch):
 
 def test_a_compilers_error_is_told_in_its_own_line():
     error = RuntimeError("C++ compile error\n\nCommand:\ng++ x.cpp\n\nx.cpp:1:10: fatal error: Python.h: No such file")
-    assert words(error) == "RuntimeError: x.cpp:1:10: fatal error: Python.h: No such file"
+    assert in_a_line(error) == "RuntimeError: x.cpp:1:10: fatal error: Python.h: No such file"
 
 
 def test_the_process_that_tries_speaks_json_alone():
@@ -340,7 +341,3 @@ def test_the_hub(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
     offline = hub_check(refuses)  # is not asked
     assert "TRANSFORMERS_OFFLINE is set" in offline.why and offline.mend == "unset TRANSFORMERS_OFFLINE"
-
-
-def test_an_error_is_shown_without_what_a_terminal_would_obey():
-    assert words(ValueError("\x1b[31mred\x1b[0m\x07 text\nmore")) == "ValueError: red text"

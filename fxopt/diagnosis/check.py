@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,17 +111,6 @@ def failed(area: str, name: str, why: str) -> Check:
     """A trial that did not work."""
     needed = (area, name) == ("presets", DEFAULT_PRESET)
     return Check(area, name, "unsupported", "", why, needed=needed)  # type: ignore[arg-type]
-
-
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")  # colours, and what would move the cursor
-
-
-def words(error: BaseException) -> str:
-    """An error in one line: its type and the first line of what it says, or the line that a compiler calls an error."""
-    text = _CONTROL.sub("", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    first = next((line for line in lines if "error: " in line), lines[0] if lines else "no message")
-    return f"{type(error).__name__}: {first}"
 
 
 def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:

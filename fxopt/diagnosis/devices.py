@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxopt.diagnosis.check import Check, failed, words
+from fxopt.diagnosis.check import Check, failed
 from fxopt.diagnosis.versions import install
 from fxopt.inspection.numbers import in_bytes
+from fxopt.printing import in_a_line
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ def _gpu(device: torch.device) -> Check:
         if float((product @ product).sum()) != 16**3:
             raise ArithmeticError("a product of bfloat16 matrices of ones is wrong")
     except Exception as error:
-        return failed("device", str(device), words(error))
+        return failed("device", str(device), in_a_line(error))
     return Check("device", str(device), "ok", ", ".join(parts))
 
 
@@ -121,7 +122,7 @@ def _no_gpu() -> Check:
         torch.zeros(1, device="cuda")
         reason = "torch names no accelerator"
     except Exception as error:
-        reason = words(error)
+        reason = in_a_line(error)
     if hidden:
         reason = f"{hidden} is {os.environ[hidden]!r}; {reason}"
     return Check("device", "GPU", "unsupported", "", reason, f"unset {hidden}" if hidden else "")

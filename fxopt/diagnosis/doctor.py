@@ -11,9 +11,10 @@ import os
 import threading
 from collections.abc import Callable
 
-from fxopt.diagnosis.check import Check, Diagnosis, State, words
+from fxopt.diagnosis.check import Check, Diagnosis, State
 from fxopt.diagnosis.processes import try_all
 from fxopt.diagnosis.versions import import_name, own_version, version_checks, with_imports
+from fxopt.printing import in_a_line
 
 HUB_TIMEOUT_S, HUB_MODEL = 3.0, "HuggingFaceTB/SmolLM2-135M"
 
@@ -68,7 +69,7 @@ def hub_check(ask: Callable[[], str] = ask_hub) -> Check:
     try:
         return Check("hub", "Hub", "ok", f"{ask()} answers")
     except Exception as error:  # the Hub's client raises anything from OSError to its own HTTP errors
-        return _no_hub("missing", words(error))
+        return _no_hub("missing", in_a_line(error))
 
 
 def _is_set(variable: str) -> bool:

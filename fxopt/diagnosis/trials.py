@@ -21,9 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fxopt.diagnosis.check import DEFAULT_PRESET, Check, State, failed, words
+from fxopt.diagnosis.check import DEFAULT_PRESET, Check, State, failed
 from fxopt.diagnosis.devices import cpu, gpus
 from fxopt.inspection.numbers import in_count
+from fxopt.printing import in_a_line
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +101,7 @@ def attempt(trial: Trial, say: Callable[..., None]) -> bool:
     try:
         checks = trial.attempt()
     except Exception as error:
-        checks = [failed(trial.area, trial.name, words(error))]
+        checks = [failed(trial.area, trial.name, in_a_line(error))]
     say(checks=[asdict(check) for check in checks])
     return all(check.state == "ok" for check in checks)
 
@@ -241,14 +242,14 @@ def _explained(backend: str, device: torch.device, error: Exception) -> tuple[St
     import torch
 
     if backend != "inductor":
-        return "unsupported", words(error), ""
+        return "unsupported", in_a_line(error), ""
     try:
         torch.compile(lambda x: (x + 1).sin().sum(-1), backend="inductor")(torch.ones(4, 64, device=device))
     except Exception as compiling:
         error = getattr(compiling, "inner_exception", compiling)
         if (found := missing_tool()) is not None:
-            return "missing", f"{words(error)}; {found[0]}", found[1]
-    return "unsupported", words(error), ""
+            return "missing", f"{in_a_line(error)}; {found[0]}", found[1]
+    return "unsupported", in_a_line(error), ""
 
 
 def missing_tool() -> tuple[str, str] | None:
@@ -301,7 +302,7 @@ def triton_kernels(device: torch.device) -> list[Check]:
         except Exception as error:  # Triton's launchers are compiled too
             if (found := missing_tool()) is None or device.type not in TRITON_DEVICES:
                 raise
-            return [Check("kernels", "Triton", "missing", "", f"{words(error)}; {found[0]}", found[1])]
+            return [Check("kernels", "Triton", "missing", "", f"{in_a_line(error)}; {found[0]}", found[1])]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     if device.type not in TRITON_DEVICES:

@@ -22,6 +22,7 @@ from fxopt.inspection.numbers import amount_of, change, in_bytes, in_flops
 from fxopt.inspection.render_text import headline
 from fxopt.printing import WithoutControls
 
+MOST_KINDS = 20  # printed; `Comparison.lost` and `gained` have all
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
@@ -112,7 +113,10 @@ class Comparison:
         ):
             if counted:
                 parts.append(Text(title))
-                parts += [Text(f"{sign} {text}  × {count}", style=style) for text, count in counted.most_common(20)]
+                shown_here = counted.most_common(MOST_KINDS)
+                parts += [Text(f"{sign} {text}  × {count}", style=style) for text, count in shown_here]
+                if len(counted) > MOST_KINDS:
+                    parts.append(Text(f"  and {len(counted) - MOST_KINDS} more kinds; see Comparison", style="dim"))
         return WithoutControls(Group(*parts))
 
 

@@ -37,6 +37,8 @@ class Origin:
 class Node:
     """One call in a graph, at whatever stage it stands there.
 
+    `name` is its name in the graph at the path `graph`: '' but for bodies of checkpoints and the like. `module` is the
+    path of the module whose forward it belongs to. `shape`, `dtype` and `size_bytes` are those of its result.
     `operation` is spelled as the passes leave it, `spelled` as the model had it; `arguments` as the model had them.
     It stands in the stages from `made` to `removed`, which it does not stand in any more (None: it stays). `reads` says
     which nodes it reads, from which stage on. `before` and `after` are what it costs in the captured and in the last
@@ -85,7 +87,11 @@ class Proof:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One rewrite that landed. `removed` and `added` are nodes; a node that was changed in place is in both."""
+    """One rewrite that landed.
+
+    `source` is a line in words, `file.py:line: code`. `removed` and `added` are nodes; a node that was changed in place
+    is in both.
+    """
 
     id: int
     stage: int
@@ -162,11 +168,16 @@ class Stage:
 class Graph:
     """One captured graph through all stages.
 
-    `before` and `after` are the nodes of the first and the last stage, in order. `aligned` pairs nodes of the two:
+    `call` says in words what call it was captured for, and `runs` how often that call runs it: a piece of code that a
+    graph break cut out of a layer runs once in each; costs are those of one run. `kind` numbers the calls that are
+    captured one by one, `frame` the pieces of code. `before` and `after` are the nodes of the first and the last stage,
+    in order. `aligned` pairs nodes of the two:
     "same", "rewritten" (the results of a rewrite with what computes them now) or "equal" (in
     structure to a node that went). `not_measured` says why costs are missing, or ''.
     """
 
+    call: str
+    runs: int
     kind: int
     frame: int
     stages: tuple[Stage, ...]
@@ -194,6 +205,13 @@ def _folded(items: tuple[Any, ...]) -> list[list[Any]]:
     for item in items:
         groups.setdefault(item.like, []).append(item)
     return list(groups.values())
+
+
+def call_in_words(training: bool, checkpointing: bool, batch_size: int | None, sequence_length: int | None) -> str:
+    """ "training with activation checkpointing, 2 × 2048 tokens"."""
+    call = "training" if training else "evaluation"
+    sizes = f"{batch_size} × {sequence_length} tokens" if batch_size is not None else "no tokens"
+    return f"{call}{' with activation checkpointing' * checkpointing}, {sizes}"
 
 
 @dataclass(frozen=True)
@@ -235,7 +253,10 @@ class GraphDiff:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Every number that a comparison or a condition can be about, by name; over all graphs, after the passes."""
+        """Every number that a comparison or a condition can be about, by name; over all graphs, after the passes.
+
+        Costs are those of all runs of all graphs, of all calls; nodes and rewrites are counted once.
+        """
         last = [graph.stages[-1] for graph in self.graphs]
         misses = [miss for graph in self.graphs for miss in graph.misses]
         found: dict[str, float] = {
@@ -249,7 +270,7 @@ class GraphDiff:
             **self.hits,
         }
         if last and all(stage.cost is not None for stage in last):
-            cost = sum((stage.cost for stage in last if stage.cost is not None), Cost())
+            cost = sum((graph.stages[-1].cost * graph.runs for graph in self.graphs if graph.stages[-1].cost), Cost())
             found |= {
                 "casts": cost.casts,
                 "launches": cost.launches + cost.backward_launches,
@@ -257,7 +278,7 @@ class GraphDiff:
                 "flops": cost.flops + cost.backward_flops,
                 "saved_bytes": cost.saved_bytes,
             }
-            if len(last) == 1:  # each is measured by itself: together they hold more than the largest of them
+            if [graph.runs for graph in self.graphs] == [1]:  # each is measured by itself: all together hold more
                 found["peak_bytes"] = last[0].peak_bytes or 0
         return found
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +18,13 @@ from transformers import PretrainedConfig
 
 from fxopt.capture import CapturedCall, OptimizedForward, Settings
 from fxopt.inspection.configurations import check_sizes, sequence_for
-from fxopt.inspection.diff import Conditions, GraphDiff
+from fxopt.inspection.diff import Conditions, Graph, GraphDiff, call_in_words
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch, source_of
-from fxopt.inspection.record import Recorder, graph_of
+from fxopt.inspection.record import Recorder
 from fxopt.precision.annotate import policy_of
 from fxopt.precision.footprint import footprint
 from fxopt.precision.policy import Policy
+from fxopt.printing import in_a_line
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
 
@@ -85,13 +87,15 @@ def _inspect(
 ) -> GraphDiff:
     forward = OptimizedForward(model, settings, replaced)
     forward.observe = recorder = Recorder()
+    forward.runner = recorder.runner
     for call in calls:
         model.train(call.training)
+        recorder.call = call_in_words(call.training, _is_checkpointed(model), *_sizes(call))
         try:
             with _without_garbage_collection(), mode, torch.set_grad_enabled(call.grad_enabled):
                 forward.capture(dict(call.arguments))
         except Exception as error:  # anything that a model's code does with values, which fake tensors have not
-            forward.report.fallbacks[f"{type(error).__name__}: {error}".splitlines()[0]] += 1
+            forward.report.fallbacks[in_a_line(error, with_place=True)] += 1
     return _diff(model, forward.report, recorder, calls)
 
 
@@ -100,21 +104,36 @@ def _diff(model: nn.Module, report: Report, recorder: Recorder, calls: list[Capt
         model=report.model,
         policy=report.policy,
         conditions=_conditions(model, calls),
-        graphs=tuple(graph_of(record, recorder.stages_of(record)) for record in report.graphs),
+        graphs=tuple(_numbered(recorder.graph_of(record) for record in report.graphs)),
         graph_breaks=dict(report.graph_breaks),
         fallbacks=dict(report.fallbacks),
     )
 
 
+def _numbered(graphs: Iterable[Graph]) -> Iterator[Graph]:
+    """With frames from 0 on: what number Dynamo has come to is this process's."""
+    frames: dict[int, int] = {}
+    for graph in graphs:
+        yield replace(graph, frame=frames.setdefault(graph.frame, len(frames)))
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _sizes(call: CapturedCall) -> tuple[int | None, int | None]:
+    """Rows, and tokens in each."""
+    ids = next((v for v in call.arguments.values() if isinstance(v, torch.Tensor) and v.ndim > 1), None)
+    return (None, None) if ids is None else (int(ids.shape[0]), int(ids.shape[1]))
+
+
 def _conditions(model: nn.Module, calls: list[CapturedCall]) -> Conditions:
-    ids = next(
-        (v for call in calls for v in call.arguments.values() if isinstance(v, torch.Tensor) and v.ndim > 1), None
-    )
+    batch_size, sequence_length = next((sizes for call in calls if None not in (sizes := _sizes(call))), (None, None))
     return Conditions(
-        batch_size=int(ids.shape[0]) if ids is not None else None,
-        sequence_length=int(ids.shape[1]) if ids is not None else None,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
         training=any(call.training for call in calls),
-        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        checkpointing=_is_checkpointed(model),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         parameter_bytes=footprint(model).weights,
         versions={name: _version(name) for name in ("fxopt", "torch", "transformers")},

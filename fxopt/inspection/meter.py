@@ -40,9 +40,6 @@ class Where(NamedTuple):
     node: Key
     in_backward: bool
 
-    def __str__(self) -> str:
-        return self.node[1] + " (backward)" * self.in_backward
-
 
 @dataclass
 class Cost:
@@ -60,14 +57,17 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(times * number for number in vars(self).values()))
+
 
 @dataclass
 class Measurement:
-    """The cost of every node of a graph, the peak of its activations in bytes, and the node that ran at the peak."""
+    """The cost of every node of a graph, the peak of its activations in bytes, and what ran at the peak."""
 
     costs: dict[Key, Cost] = field(default_factory=lambda: defaultdict(Cost))
     peak_bytes: int = 0
-    peak_at: str = ""
+    peak_at: Where | None = None
 
     @property
     def total(self) -> Cost:
@@ -93,7 +93,7 @@ def measure(module: fx.GraphModule) -> Measurement:
                 torch.autograd.backward(losses, [torch.ones_like(loss) for loss in losses])
     measurement, peak = meter.measurement, meter.memory.peak_when_released
     measurement.costs.pop(OUTSIDE, None)  # the ones that backward starts from
-    measurement.peak_bytes, measurement.peak_at = peak.total, str(peak.at or "")
+    measurement.peak_bytes, measurement.peak_at = peak.total, peak.at
     return measurement
 
 

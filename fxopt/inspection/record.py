@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 from torch import fx
@@ -14,10 +15,11 @@ from torch import fx
 from fxopt.inspection.align import align
 from fxopt.inspection.diff import Graph, Hunk, Miss, Node, Origin, Proof, Rewrite, Source, Stage
 from fxopt.inspection.fold import blocks_of, shape_of_node, without_index
-from fxopt.inspection.meter import Cost, Key, Measurement, measure
+from fxopt.inspection.meter import Cost, Key, Measurement, Where, measure
+from fxopt.printing import in_a_line
 from fxopt.rewrite.graph import SourceLine
 from fxopt.rewrite.match import NearMiss
-from fxopt.rewrite.pipeline import Change
+from fxopt.rewrite.pipeline import Change, PassRecord
 from fxopt.rewrite.report import GraphRecord
 from fxopt.rewrite.snapshot import NodeRow, snapshot
 
@@ -31,6 +33,15 @@ class Seen:
     measurement: Measurement | str
 
 
+@dataclass
+class SeenGraph:
+    """A graph at all stages, the call that it was captured for, in words, and how often that call has run it."""
+
+    call: str
+    stages: list[Seen]
+    runs: int = 0
+
+
 class Recorder:
     """Sees each graph before the passes, after each, and as it runs, and measures it where it changed.
 
@@ -38,37 +49,44 @@ class Recorder:
     """
 
     def __init__(self, not_seen: str = "nobody looked at this graph") -> None:
-        self.graphs: list[list[Seen]] = []
+        self.graphs: list[SeenGraph] = []
         self.not_seen = not_seen
+        self.call = ""  # what is captured now
 
     def __call__(self, name: str, module: fx.GraphModule) -> None:
         if name == "captured":
-            self.graphs.append([])
-        stages = self.graphs[-1]
+            self.graphs.append(SeenGraph(self.call, []))
+        stages = self.graphs[-1].stages
         rows = _in_order(snapshot(module))
         unchanged = bool(stages) and stages[-1].rows == rows
         measurement = stages[-1].measurement if unchanged else _measured(module)
         stages.append(Seen(name, rows, measurement))
 
-    def stages_of(self, record: GraphRecord) -> list[Seen]:
-        """What was seen of a graph of the report; only its start and end if nobody looked."""
+    def runner(self, module: fx.GraphModule) -> Callable[..., Any]:
+        """For `OptimizedForward.runner`: how the graph that was seen last is run, and counted."""
+        seen = self.graphs[-1]
+
+        def run(*inputs: Any) -> Any:
+            seen.runs += 1
+            return module.forward(*inputs)
+
+        return run
+
+    def graph_of(self, record: GraphRecord) -> Graph:
+        """A graph of the report with what was seen of it; only its start and end if nobody looked."""
         ends = _in_order(record.before), _in_order(record.after)
-        for stages in self.graphs:
-            if (stages[0].rows, stages[-1].rows) == ends:
-                return stages
-        return [Seen("captured", ends[0], self.not_seen), Seen("optimized", ends[1], self.not_seen)]
+        for number, seen in enumerate(self.graphs):
+            if (seen.stages[0].rows, seen.stages[-1].rows) == ends:
+                return _Builder(record, self.graphs.pop(number)).graph()
+        stages = [Seen(name, rows, self.not_seen) for name, rows in zip(("captured", "optimized"), ends, strict=True)]
+        return _Builder(record, SeenGraph("", stages)).graph()
 
 
 def _measured(module: fx.GraphModule) -> Measurement | str:
     try:
         return measure(module)
     except Exception as error:  # whatever an operation that depends on data says on fake tensors
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def graph_of(record: GraphRecord, stages: list[Seen]) -> Graph:
-    """A graph of the report, with everything that was seen of it."""
-    return _Builder(record, stages).graph()
+        return in_a_line(error)
 
 
 def _in_order(rows: tuple[NodeRow, ...]) -> tuple[NodeRow, ...]:
@@ -89,8 +107,9 @@ def _in_order(rows: tuple[NodeRow, ...]) -> tuple[NodeRow, ...]:
 class _Builder:
     """Numbers the nodes of all stages, and finds who made and removed them."""
 
-    def __init__(self, record: GraphRecord, stages: list[Seen]):
-        self.record, self.stages = record, stages
+    def __init__(self, record: GraphRecord, seen: SeenGraph):
+        self.record, self.seen, self.stages = record, seen, seen.stages
+        stages = seen.stages
         # None where a stage could not be measured.
         self.measured = [seen.measurement if isinstance(seen.measurement, Measurement) else None for seen in stages]
         self.rows: dict[Key, NodeRow] = {}  # as each node was first seen
@@ -116,6 +135,8 @@ class _Builder:
         first, last = ([self.ids[key] for key in present] for present in (self.present[0], self.present[-1]))
         hunks = self._hunks()
         return Graph(
+            call=self.seen.call,
+            runs=max(self.seen.runs, 1),
             kind=self.record.kind,
             frame=self.record.frame,
             stages=tuple(self._stage(index) for index in range(len(self.stages))),
@@ -154,21 +175,30 @@ class _Builder:
         return Stage(
             name=stage.name,
             num_nodes=len(stage.rows),
-            num_rewrites=len(record.outcome.changes) if record else 0,
+            num_rewrites=sum(rewrite.stage == index for rewrite in self.rewrites),
             elapsed_ms=record.elapsed_ms if record else 0.0,
             cost=measured.total if measured else None,
             peak_bytes=measured.peak_bytes if measured else None,
-            peak_at=measured.peak_at if measured else "",
+            peak_at=self._in_words(index, measured.peak_at) if measured and measured.peak_at else "",
         )
+
+    def _in_words(self, stage: int, where: Where) -> str:
+        row = self.present[stage].get(where.node)
+        module = f" in {row.module}" if row is not None and row.module else ""
+        return f"{where.node[1]}{module}{' (backward)' * where.in_backward}"
+
+    def _seen_after(self, record: PassRecord) -> int:
+        """The stage that shows what a pass did: the last one where nobody looked in between."""
+        return self.stage_of_pass.get(record.name, len(self.stages) - 1)
 
     def _rewrites(self) -> Iterator[Rewrite]:
         number = 0
         for record in self.record.passes:
-            stage = self.stage_of_pass.get(record.name, len(self.stages) - 1)
+            stage = self._seen_after(record)
             for change in record.outcome.changes:
                 proof = Proof(p.original_error, p.replacement_error, p.num_inputs) if (p := change.proof) else None
                 yield Rewrite(
-                    number, stage, record.name, change.rule, change.op, change.source, change.module,
+                    number, stage, self.stages[stage].name, change.rule, change.op, change.source, change.module,
                     self._known(change, change.removed), self._known(change, change.added), proof,
                 )  # fmt: skip
                 number += 1
@@ -218,12 +248,13 @@ class _Builder:
 
     def _misses(self) -> Iterator[Miss]:
         for record in self.record.passes:
+            step = self.stages[self._seen_after(record)].name
             for miss in record.outcome.near_misses:
                 number = self._number_of(miss)
                 module = self.nodes[number].module if number is not None else ""
-                yield Miss(miss.rule, record.name, number, miss.source, module, miss.reason, refused=False)
+                yield Miss(miss.rule, step, number, miss.source, module, miss.reason, refused=False)
             for item in record.outcome.refused:
-                yield Miss(item.rule, record.name, None, item.source, item.module, item.reason, refused=True)
+                yield Miss(item.rule, step, None, item.source, item.module, item.reason, refused=True)
 
     def _number_of(self, miss: NearMiss) -> int | None:
         found = [key for key, row in self.rows.items() if row.name == miss.node and row.source == miss.source]

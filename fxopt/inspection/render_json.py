@@ -6,17 +6,19 @@
     conditions        batch_size, sequence_length, training, checkpointing, num_parameters, parameter_bytes, versions
     graph_breaks      reason → how often
     fallbacks         reason → how often
-    metrics           name → number: what `fxopt diff` compares and --fail-if asks for
+    metrics           name → number: what `fxopt diff` compares and --fail-if asks for; costs of all runs of all graphs
     graphs            a list; each with the fields of `diff.Graph`:
+      call, runs      what call it is of, in words; how often that call runs it (costs are those of one run)
+      kind, frame     numbers: of the calls that are captured one by one, of the pieces of code
       stages          name, num_nodes, num_rewrites, elapsed_ms, cost, peak_bytes, peak_at; the first is "captured"
       nodes           the fields of `diff.Node`, `id` being the place in this list; `source` is an index into `sources`;
                       made and removed are indices into `stages`
       before, after   node ids of the first and the last stage, in order
       aligned         [node before, node after, "same" | "rewritten" | "equal"]
-      rewrites        the fields of `diff.Rewrite`; `removed` and `added` are node ids
+      rewrites        the fields of `diff.Rewrite`; `removed` and `added` are node ids; `source` is `file.py:line: code`
       hunks           the fields of `diff.Hunk`; `like` tells equal ones
       blocks          the fields of `diff.Block`: layers; `like` tells equal ones
-      misses          near misses and refusals
+      misses          near misses and refusals; `node` is a node id or null, `source` as in rewrites
       not_measured    why costs are null, or ""
       sources         file, line, function, code
 
@@ -143,6 +145,8 @@ def from_dict(data: dict[str, Any]) -> GraphDiff:
 def _graph_from_dict(data: dict[str, Any]) -> Graph:
     read = _Reader([Source(**_known(Source, source)) for source in data["sources"]])
     return Graph(
+        call=data.get("call", ""),
+        runs=data.get("runs", 1),
         kind=data["kind"],
         frame=data["frame"],
         stages=tuple(read(Stage, item) for item in data["stages"]),

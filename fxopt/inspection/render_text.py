@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxopt import printing
-from fxopt.inspection.diff import Graph, GraphDiff, Hunk, Node, Source, Stage
+from fxopt.inspection.diff import Graph, GraphDiff, Hunk, Node, Source, Stage, call_in_words
 from fxopt.inspection.fold import without_index
 from fxopt.inspection.meter import Cost
 from fxopt.inspection.numbers import change, in_bytes, in_count
@@ -31,7 +31,9 @@ def _parts(diff: GraphDiff) -> Iterator[RenderableType]:
     yield Text(headline(diff), style="bold")
     for number, graph in enumerate(diff.graphs):
         if len(diff.graphs) > 1:
-            yield Text(f"\ngraph {number} of {len(diff.graphs)}", style="bold")
+            runs = f", run {graph.runs} times: costs are those of one run" if graph.runs > 1 else ""
+            call = f": {graph.call}" if graph.call else ""
+            yield Text(f"\ngraph {number} of {len(diff.graphs)}{call}{runs}", style="bold")
         yield _totals(graph)
         if graph.not_measured:
             yield Text(f"costs are not known: {graph.not_measured}", style="yellow")
@@ -51,12 +53,9 @@ def _parts(diff: GraphDiff) -> Iterator[RenderableType]:
 def headline(diff: GraphDiff) -> str:
     """The model, the policy and the call, in one line."""
     what = diff.conditions
-    call = "training" if what.training else "evaluation"
-    if what.checkpointing:
-        call += " with activation checkpointing"
-    sizes = f"{what.batch_size} × {what.sequence_length} tokens" if what.batch_size is not None else "no tokens"
+    call = call_in_words(what.training, what.checkpointing, what.batch_size, what.sequence_length)
     parameters = f"{in_count(what.num_parameters)} parameters in {in_bytes(what.parameter_bytes)}"
-    return f"{diff.model}, policy {diff.policy}: {parameters}; {call}, {sizes}"
+    return f"{diff.model}, policy {diff.policy}: {parameters}; {call}"
 
 
 def _totals(graph: Graph) -> Table:

@@ -19,7 +19,7 @@ from fxopt.kernels.adamw import workspace_bytes
 from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
 from fxopt.precision.policy import Policy
 from fxopt.precision.presets import choose, computes_bfloat16, device_memory, resolve
-from fxopt.printing import as_text
+from fxopt.printing import as_text, in_a_line
 
 Accuracy = Literal["critical", "normal", "tolerant"]
 POLICIES = ("fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit", "int8")
@@ -215,8 +215,7 @@ class _Planner:
             self.notes += [f"{name}: the graph breaks: {reason}" for reason in found.graph_breaks]
             self.notes += [f"{name}: the original forward runs: {reason}" for reason in found.fallbacks]
         except Exception as error:  # what models' code does with values, which fake tensors have not, raises anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.notes.append(f"{name} cannot be simulated (it may still train): {reason}")
+            self.notes.append(f"{name} cannot be simulated (it may still train): {in_a_line(error, with_place=True)}")
 
     def _simulation(self, policy: Policy, checkpointing: bool) -> Simulation:
         key = graph_key(policy), checkpointing

@@ -201,17 +201,14 @@ class SourceLine:
 
 
 def source_of(node: fx.Node) -> SourceLine | None:
-    """The innermost line of model source that a node comes from; of a cast that a policy asks for, where it is made."""
+    """The innermost line of model source that a node comes from; none of fxopt's, which makes a policy's casts."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
-    own: SourceLine | None = None
     for index in range(len(lines) - 1, -1, -1):
         if found := _FRAME.match(lines[index]):
             path, line, function = found.groups()
-            here = SourceLine(path, int(line), function, lines[index + 1] if index + 1 < len(lines) else "")
             if not path.startswith(_OWN):
-                return here
-            own = own or here
-    return own
+                return SourceLine(path, int(line), function, lines[index + 1] if index + 1 < len(lines) else "")
+    return None
 
 
 _OWN = str(Path(__file__).parents[1]) + os.sep

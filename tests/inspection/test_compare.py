@@ -95,6 +95,14 @@ def test_each_of_several_graphs_is_measured_by_itself(diff):
         Condition.parse("peak_bytes > 1 GB").holds(diff.metrics, broken.metrics)
 
 
+def test_what_is_not_printed_is_counted(diff, without_rope, monkeypatch):
+    monkeypatch.setattr("fxopt.inspection.compare.MOST_KINDS", 1)
+    comparison, console = Comparison(diff, without_rope), Console(width=200)
+    with console.capture() as capture:
+        console.print(comparison)
+    assert f"and {len(comparison.lost()) - 1} more kinds" in capture.get()
+
+
 def test_a_terminal_obeys_nothing_that_a_file_holds(diff):
     renamed = replace(diff, model="Llama\x1b[31m\x9b2J\rX")
     for shown in (Comparison(renamed, diff), renamed):

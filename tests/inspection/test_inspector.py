@@ -1,12 +1,13 @@
 """What `fxopt.inspect` finds: the same as a real run, for a configuration, a model and an optimized model."""
 
 import copy
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm, tiny_config
@@ -57,6 +58,8 @@ def test_an_optimized_model_shows_the_calls_that_it_ran():
     diff = fxopt.inspect(model)
     assert len(diff.graphs) == len(fxopt.report(model).graphs) == 2
     assert (diff.conditions.batch_size, diff.conditions.sequence_length) == (3, 17)
+    assert [graph.call for graph in diff.graphs] == 2 * ["training, 3 × 17 tokens"]
+    assert [(graph.kind, graph.frame, graph.runs) for graph in diff.graphs] == [(0, 0, 1), (1, 1, 1)]
     attention = {"causal_attention", "grouped_query_attention", "interval_attention"}
     assert {name: count for name, count in diff.hits.items() if name not in attention} == {
         name: 2 * count for name, count in LLAMA_HITS.items() if name not in attention
@@ -118,6 +121,25 @@ def test_a_graph_break_is_told():
     assert diff.hits == fxopt.report(model).hits
 
 
+def test_a_graph_that_runs_in_each_layer_costs_as_much_as_they_do():
+    """As much as where the layers are one graph: a break makes no step smaller."""
+
+    class Broken(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp.register_forward_pre_hook(lambda module, inputs: torch._dynamo.graph_break())
+
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 3})
+    whole, broken = (fxopt.inspect(of(config), "bf16", sequence_length=16) for of in (LlamaForCausalLM, Broken))
+    assert len(whole.graphs) == 1 < len(broken.graphs)
+    assert max(graph.runs for graph in broken.graphs) > 1 == whole.graphs[0].runs
+    assert broken.metrics["flops"] == whole.metrics["flops"]
+    assert broken.metrics["saved_bytes"] >= whole.metrics["saved_bytes"] and "peak_bytes" not in broken.metrics
+    most = max(graph.runs for graph in broken.graphs)
+    assert f": training, 1 × 16 tokens, run {most} times: costs are those of one run" in str(broken)
+
+
 def test_code_that_looks_at_values_is_shown_from_the_real_run():
     class Curious(torch.nn.Module):
         def __init__(self):
@@ -136,6 +158,10 @@ def test_code_that_looks_at_values_is_shown_from_the_real_run():
     assert diff.hits == fxopt.report(model).hits
     assert any(graph.not_measured for graph in diff.graphs)
     assert "costs are not known" in str(diff)
+    for graph in diff.graphs:
+        assert [stage.name for stage in graph.stages] == ["captured", "optimized"]
+        assert graph.stages[-1].num_rewrites == len(graph.rewrites)
+        assert {step for hunk in graph.hunks for step in hunk.steps} <= {"optimized"}
 
 
 def test_a_sequence_that_is_too_long():
@@ -231,9 +257,9 @@ def test_weights_are_counted_as_they_are_stored():
 def test_a_cast_of_a_policy_is_traced_to_the_model_s_source():
     diff = fxopt.inspect(LlamaConfig(**SIZES), "bf16-islands", sequence_length=16)
     (graph,) = diff.graphs
-    lines = [node.source for node in graph.nodes if node.source] + [hunk.source for hunk in graph.hunks]
-    assert not any(line.file.startswith("/") for line in lines)
-    assert {line.code for line in lines if "fxopt" in line.file} == {"outputs.logits = deferred(logits)"}
+    lines = [*(node.source for node in graph.nodes), *(hunk.source for hunk in graph.hunks)]
+    assert not any(line.file.startswith("/") or "fxopt" in line.file for line in lines if line is not None)
+    assert all(hunk.source is not None for hunk in graph.hunks if hunk.rewrites)
     assert not any("__dict__" in node.arguments for node in graph.nodes)
 
 
@@ -252,3 +278,14 @@ def test_scalars_and_int8_weights_are_inspected_in_their_own_dtype(kind, policy)
     diff = fxopt.inspect(tiny_config(kind), policy, sequence_length=16)
     (graph,) = diff.graphs
     assert not diff.fallbacks and not graph.not_measured and diff.hits["linear_cross_entropy"] == 1
+
+
+def test_equal_inspections_are_equal_and_evaluation_is_told():
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 1})
+    first, second = (fxopt.inspect(config, "bf16", sequence_length=16, training=False) for _ in range(2))
+    times = {"elapsed_ms": 0.0}
+    graphs = [
+        [replace(graph, stages=tuple(replace(stage, **times) for stage in graph.stages)) for graph in diff.graphs]
+        for diff in (first, second)
+    ]
+    assert graphs[0] == graphs[1] and graphs[0][0].call == "evaluation, 1 × 16 tokens"

@@ -77,6 +77,21 @@ def test_it_shows_the_model_and_what_changed(opened, diff):
     (graph,) = diff.graphs
     shown = {hunks[0].like for hunks in graph.folded_hunks() if hunks[0].rewrites}
     assert page.locator(".item").count() == len(shown)
+    assert page.inner_text("#tab-rewrites") == f"rewrites {len(graph.rewrites)}"
+        page.inner_text("#tab-rewrites") == f"rewrites {len(graph.rewrites)}" == f"rewrites {sum(diff.hits.values())}"
+    )
+
+
+def test_each_graph_tells_its_call(opened, diff):
+    (graph,) = diff.graphs
+    evaluation = replace(graph, call="evaluation, 1 × 40 tokens", runs=3)
+    page = opened(replace(diff, graphs=(graph, evaluation)))
+    assert "training, 2 × 33 tokens" in page.inner_text("#call")
+    page.select_option("#graph", "1")
+    assert "evaluation, 1 × 40 tokens" in page.inner_text("#call")
+    assert "run 3 times" in page.locator("#graph option").nth(1).inner_text()
+    page.locator(".item").first.click()
+    assert "cost of one run of this graph" in page.inner_text("#details").lower()
 
 
 def _numbers(page: Any) -> list[tuple[str, str, str]]:

@@ -38,6 +38,10 @@ def test_json_of_a_later_fxopt(diff: GraphDiff, tmp_path):
         part["mood"] = "a field that version 1 got later"
     path.write_text(json.dumps(data))
     assert load(path) == diff
+    for name in ("call", "runs"):  # which version 1 has not had from the start
+        graph.pop(name)
+    path.write_text(json.dumps(data))
+    assert [(graph.call, graph.runs) for graph in load(path).graphs] == [("", 1)]
     path.write_text(json.dumps({**data, "version": 2}))
     with pytest.raises(ValueError, match="update fxopt"):
         load(path)

@@ -54,6 +54,11 @@ const METRICS = {
   peak_bytes: ["peak of activations", ["peak_bytes"], "bytes"],
 };
 
+function costOfOne() {
+  if (graph.runs > 1) return "cost of one run of this graph";
+  return graph.call.startsWith("evaluation") ? "cost of one evaluation" : "cost of one training step";
+}
+
 function metricKeys(name, stage) {
   return METRICS[name][1].map((field) => key("stages", stage, field));
 }
@@ -67,14 +72,12 @@ function metric(name, stage) {
 function fillHead() {
   const what = data.conditions;
   $("model").textContent = data.model;
-  const call = [what.training ? "training" : "evaluation"];
-  if (what.checkpointing) call.push("checkpointing");
-  if (what.batch_size !== null) call.push(`${what.batch_size} × ${what.sequence_length} tokens`);
+  const call = graph.call || (what.training ? "training" : "evaluation");
   $("call").replaceChildren(
     `policy ${data.policy}, `, shown(data, ["conditions.num_parameters"], "count"), " parameters in ",
-    shown(data, ["conditions.parameter_bytes"], "bytes"), `; ${call.join(", ")}`);
+    shown(data, ["conditions.parameter_bytes"], "bytes"), `; ${call}`);
   $("graph").replaceChildren(...data.graphs.map((one, index) =>
-    element("option", { value: index }, `graph ${index}: ${one.stages[0].num_nodes} operations, ${one.rewrites.length} rewrites`)));
+    element("option", { value: index }, `graph ${index}: ${one.call ? `${one.call}; ` : ""}${one.stages[0].num_nodes} operations, ${one.rewrites.length} rewrites${one.runs > 1 ? `, run ${one.runs} times` : ""}`)));
   $("graph").value = view.graph;
   $("graph").hidden = data.graphs.length < 2;
   const last = graph.stages.length - 1;
@@ -145,7 +148,7 @@ function visibleMisses() {
 function fillList() {
   const hunks = visibleHunks(), misses = visibleMisses();
   for (const tab of ["rewrites", "misses"]) $(`tab-${tab}`).setAttribute("aria-selected", view.tab === tab);
-  $("tab-rewrites").textContent = `rewrites ${hunks.reduce((sum, group) => sum + group.length, 0)}`;
+  $("tab-rewrites").textContent = `rewrites ${hunks.flat().reduce((sum, hunk) => sum + hunk.rewrites.length, 0)}`;
   $("tab-misses").textContent = `left alone ${misses.reduce((sum, group) => sum + group.length, 0)}`;
   const items = view.tab === "rewrites" ? hunks.map(hunkItem) : misses.map(missItem);
   const nothing = view.tab === "rewrites" ? "no rewrite is shown" : "nothing was nearly rewritten, and no proof failed";
@@ -214,7 +217,7 @@ function hunkDetails(index) {
     element("p", { class: "under" }, source ? `${source.file}:${source.line} in ${source.function}` : "no source line"),
     element("h2", {}, "source"), codeOf(removed, added),
   ];
-  if (hunk.before && hunk.after) parts.push(element("h2", {}, "cost of one training step"), costTable(["hunks", index], "before", "after"));
+  if (hunk.before && hunk.after) parts.push(element("h2", {}, costOfOne()), costTable(["hunks", index], "before", "after"));
   const proofs = hunk.rewrites.map((id) => [id, graph.rewrites[id]]);
   parts.push(element("h2", {}, "proof: largest error against float64"), element("table", {},
     element("tr", {}, ...["rule", "was", "is", "inputs"].map((text) => element("th", {}, text))),
@@ -272,7 +275,7 @@ function nodeDetails(index) {
     ...(source ? [element("div", { class: "code" }, element("div", {}, element("span", {}, ""), element("span", { class: "number" }, String(source.line)), element("span", {}, source.code)))] : []),
     element("h2", {}, "what it is"), element("table", {}, ...facts.map(([name, text]) => element("tr", {}, element("td", {}, name), element("td", { class: "wide mono" }, text))),
       element("tr", {}, element("td", {}, "size"), element("td", { class: "wide" }, shown(data, [key("nodes", index, "size_bytes")], "bytes")))),
-    ...(sides.length ? [element("h2", {}, "cost of one training step"), costTable(["nodes", index], ...sides)] : []),
+    ...(sides.length ? [element("h2", {}, costOfOne()), costTable(["nodes", index], ...sides)] : []),
     ...(hunk?.rewrites.length ? [element("h2", {}, "part of"), element("button", { onclick: () => choose("hunk", hunk.index, false) }, titleOf(hunk))] : [])];
 }
 

@@ -40,8 +40,7 @@ def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
         return _from_fields(_read(path), name)
     if (path / "config.json").is_file():
         return _from_fields(_read(path / "config.json"), name)
-    is_in_a_folder = path.parent != Path() and path.parent.is_dir()
-    if path.is_dir() or path.suffix == ".json" or is_in_a_folder or isinstance(model, Path):
+    if path.is_dir() or path.suffix == ".json" or isinstance(model, Path):
         raise UnknownModelError(f"{name}: there is no such file, or no config.json in that folder")
     if (fields := _well_known(name)) is not None:
         return _from_fields(fields, name)

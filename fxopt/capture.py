@@ -24,11 +24,11 @@ from torch._guards import CompileContext
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.deferred_logits import defer_marked_outputs, reveal_on_touch
+from fxopt.error_lines import in_a_line
 from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from fxopt.precision.boundaries import has_boundaries
-from fxopt.printing import in_a_line
 from fxopt.rematerialize import rematerialize
 from fxopt.rewrite.graph import graph_modules
 from fxopt.rewrite.pipeline import Observer, PassRecord, Pipeline

@@ -16,7 +16,7 @@ from fxopt.capture import OptimizedForward
 from fxopt.float64 import float64_backward, float64_copy, float64_throughout
 from fxopt.model_state import ModelState
 from fxopt.precision.annotate import parameter_precisions
-from fxopt.rewrite.prove import FEW, SLACK
+from fxopt.rewrite.accuracy import FEW, SLACK
 from fxopt.training_call import labels_of
 
 ZERO = 1e-6  # of the largest gradient: what is smaller than this in float64 is zero, up to rounding

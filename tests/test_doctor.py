@@ -17,7 +17,7 @@ from fxopt.diagnosis.check import Check, Diagnosis
 from fxopt.diagnosis.doctor import hub_check
 from fxopt.diagnosis.processes import NOT_TRIED, try_all
 from fxopt.diagnosis.versions import interpreter, version_checks, with_imports
-from fxopt.printing import in_a_line
+from fxopt.error_lines import in_a_line
 
 # Stands for `fxopt.diagnosis.trials`: the same protocol, and for each trial what the test says.
 FAKE = """

@@ -32,6 +32,7 @@ FLOORS = {
     "fxopt.float64": 0,
     "fxopt.model_state": 0,
     "fxopt.printing": 0,
+    "fxopt.error_lines": 0,
     "fxopt.inspection": 4,
     "fxopt.api": 5,
     "fxopt.diagnosis": 6,

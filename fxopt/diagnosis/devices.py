@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fxopt.diagnosis.check import Check, failed
 from fxopt.diagnosis.versions import install
+from fxopt.error_lines import in_a_line
 from fxopt.inspection.numbers import in_bytes
-from fxopt.printing import in_a_line
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from fxopt.diagnosis.check import Check, Diagnosis, State
 from fxopt.diagnosis.processes import try_all
 from fxopt.diagnosis.versions import import_name, own_version, version_checks, with_imports
-from fxopt.printing import in_a_line
+from fxopt.error_lines import in_a_line
 
 HUB_TIMEOUT_S, HUB_MODEL = 3.0, "HuggingFaceTB/SmolLM2-135M"
 

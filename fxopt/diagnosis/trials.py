@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fxopt.diagnosis.check import DEFAULT_PRESET, Check, State, failed
 from fxopt.diagnosis.devices import cpu, gpus
+from fxopt.error_lines import in_a_line
 from fxopt.inspection.numbers import in_count
-from fxopt.printing import in_a_line
 
 if TYPE_CHECKING:
     import torch

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import PretrainedConfig
 
 from fxopt.capture import CapturedCall, OptimizedForward, Settings
+from fxopt.error_lines import in_a_line
 from fxopt.inspection.configurations import check_sizes, sequence_for
 from fxopt.inspection.diff import Conditions, Graph, GraphDiff, call_in_words
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch, source_of
@@ -24,7 +25,6 @@ from fxopt.inspection.record import Recorder
 from fxopt.precision.annotate import policy_of
 from fxopt.precision.footprint import footprint
 from fxopt.precision.policy import Policy
-from fxopt.printing import in_a_line
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
 

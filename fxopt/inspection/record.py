@@ -12,11 +12,11 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
+from fxopt.error_lines import in_a_line
 from fxopt.inspection.align import align
 from fxopt.inspection.diff import Graph, Hunk, Miss, Node, Origin, Proof, Rewrite, Source, Stage
 from fxopt.inspection.fold import blocks_of, shape_of_node, without_index
 from fxopt.inspection.meter import Cost, Key, Measurement, Where, measure
-from fxopt.printing import in_a_line
 from fxopt.rewrite.graph import SourceLine
 from fxopt.rewrite.match import NearMiss
 from fxopt.rewrite.pipeline import Change, PassRecord

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from torch import nn
 from transformers import PretrainedConfig
 
+from fxopt.error_lines import in_a_line
 from fxopt.inspection.configurations import check_sizes, sequence_for
 from fxopt.inspection.fake_models import fake_model, source_of
 from fxopt.inspection.numbers import bytes_of, in_bytes, in_count
@@ -19,7 +20,7 @@ from fxopt.kernels.adamw import workspace_bytes
 from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
 from fxopt.precision.policy import Policy
 from fxopt.precision.presets import choose, computes_bfloat16, device_memory, resolve
-from fxopt.printing import as_text, in_a_line
+from fxopt.printing import as_text
 
 Accuracy = Literal["critical", "normal", "tolerant"]
 POLICIES = ("fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit", "int8")

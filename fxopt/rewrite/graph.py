@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
+
+from fxopt.error_lines import FRAME, is_ours
 
 # Their underscore keeps them apart from Python's keywords, and does not mean that they write.
 NAMED_FOR_KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
@@ -204,15 +204,11 @@ def source_of(node: fx.Node) -> SourceLine | None:
     """The innermost line of model source that a node comes from; none of fxopt's, which makes a policy's casts."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
     for index in range(len(lines) - 1, -1, -1):
-        if found := _FRAME.match(lines[index]):
+        if found := FRAME.match(lines[index]):
             path, line, function = found.groups()
-            if not path.startswith(_OWN):
+            if not is_ours(path):
                 return SourceLine(path, int(line), function, lines[index + 1] if index + 1 < len(lines) else "")
     return None
-
-
-_OWN = str(Path(__file__).parents[1]) + os.sep
-_FRAME = re.compile(r'File "(.*)", line (\d+), in (.*)')
 
 
 def source_line(node: fx.Node) -> str:

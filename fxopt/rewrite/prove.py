@@ -16,7 +16,6 @@ decide, by the largest error of all and by the mean over all. Equal pairs of sub
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,16 +25,14 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fxopt.error_lines import in_a_line
+from fxopt.rewrite.accuracy import TINY, ErrorsOf, Seen, Tensors, difference, draws, largest, note_errors, objection
 from fxopt.rewrite.graph import requires_grad, value_of
 from fxopt.rewrite.replace import Rewrite
 from fxopt.rewrite.sample import MAGNITUDES, Sampler, Sizes
 
 FLOAT64_TOLERANCE = 1e-11  # relative to the largest element; thousands of float64 roundings, no formula's error
-SLACK = 1.1  # how much larger than the original's error the replacement's may be
-FEW = 100  # the error of fewer numbers, as the largest of many in float32, is a draw; it may be twice the original's
-TINY = 1e-30  # where everything is smaller than this, errors are not relative any more
 SEED = 20_261_124
-MOST_DRAWS = 5  # if the errors are larger in the first: all of them, so that no lucky one ends it
 
 
 @dataclass(frozen=True)
@@ -106,21 +103,8 @@ def _prove(rewrite: Rewrite) -> Proof:
         try:
             return _prove_at(rewrite, Sizes(rewrite, small, cut))
         except Exception as error:
-            failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            failures.append(in_a_line(error))
     return _failed(f"could not be run on sample inputs: {failures[-1]}")
-
-
-_Tensors = dict[str, Any]  # tensors by name: results, gradients, inputs afterwards
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What both sides made of one sample, in float64 and in their own dtypes."""
-
-    truth: _Tensors  # the original in float64
-    same: _Tensors  # the replacement in float64
-    original: _Tensors
-    replacement: _Tensors
 
 
 class _BothSides:
@@ -132,76 +116,35 @@ class _BothSides:
         self.wide = [_runner(graph, sizes, _widened) for graph in graphs]
         self.own = [_runner(graph, sizes) for graph in graphs]
 
-    def evaluate(self, inputs: dict[str, Any], seed: int) -> _Seen:
+    def evaluate(self, inputs: dict[str, Any], seed: int) -> Seen:
         doubles = {name: _widened(value) for name, value in inputs.items()}
         truth, same = (_evaluate(run, doubles, self.rewrite, seed) for run in self.wide)
         original, replacement = (_evaluate(run, inputs, self.rewrite, seed) for run in self.own)
-        return _Seen(truth, same, original, replacement)
+        return Seen(truth, same, original, replacement)
 
-    def gradients(self, inputs: dict[str, Any]) -> _Tensors:
+    def gradients(self, inputs: dict[str, Any]) -> Tensors:
         """Of all the original's inputs in float64, also of those that need none in the graph."""
         doubles = {name: _widened(value) for name, value in inputs.items()}
         return _evaluate(self.wide[0], doubles, self.rewrite, seed=SEED + 1, of_all=True)
 
 
-@dataclass
-class _Errors:
-    """The errors of one value in one norm, relative to its size: the original's and the replacement's."""
-
-    name: str
-    slack: float
-    least_rounding: float  # what one more rounding may always add
-    pooled: bool  # over draws: the mean, not the largest
-    is_narrow: bool  # a dtype of two bytes or less
-    draws: list[tuple[float, float, float]] = field(default_factory=list)  # the third is the truth's, rounded
-
-    @property
-    def original(self) -> float:
-        return self._over_draws(0)
-
-    @property
-    def replacement(self) -> float:
-        return self._over_draws(1)
-
-    @property
-    def one_rounding(self) -> float:
-        return max(self.least_rounding, self._over_draws(2))
-
-    def _over_draws(self, which: int) -> float:
-        errors = [draw[which] for draw in self.draws]
-        return math.hypot(*errors) / math.sqrt(len(errors)) if self.pooled else max(errors)
-
-    @property
-    def objection(self) -> str:
-        # Independent roundings add up in their squares. In float32 a sum in another order is as large as one.
-        add = math.hypot if self.pooled and self.is_narrow else operator.add
-        if self.replacement <= add(self.slack * self.original, self.one_rounding):
-            return ""
-        return f"less accurate: the error of {self.name} is {self.replacement:.1e}, was {self.original:.1e}"
-
-
-_ErrorsOf = dict[tuple[str, str, float], _Errors]  # by value, norm and magnitude
-
-
 def _prove_at(rewrite: Rewrite, sizes: Sizes) -> Proof:
     sampler, both = Sampler(rewrite, sizes), _BothSides(rewrite, sizes)
-    errors: _ErrorsOf = {}
-    for draw in range(MOST_DRAWS):
-        if draw == 1 and not _objection(errors):
-            break
+    errors: ErrorsOf = {}
+    for draw in draws(errors):
         for magnitude in MAGNITUDES:
             seen = both.evaluate(sampler.ordinary(magnitude, SEED + 2 * draw), seed=SEED + 2 * draw + 1)
             if reason := _why_another(seen):
                 return _failed(reason)
-            _note_errors(errors, seen, magnitude)
+            note_errors(errors, seen, magnitude)
             if magnitude == 1.0 and draw == 0:
                 ordinary = seen
-    reason = _objection(errors)
+    reason = objection(errors)
     num_inputs = (draw + 1) * len(MAGNITUDES)
     for what, inputs in sampler.special(SEED, both.gradients(sampler.ordinary(1.0, SEED))) if not reason else ():
         num_inputs += 1
-        if difference := _why_not_finite_alike(both.evaluate(inputs, seed=SEED + 1), ordinary):
-            reason = f"with {what}, {difference}"
+        if not_alike := _why_not_finite_alike(both.evaluate(inputs, seed=SEED + 1), ordinary):
+            reason = f"with {what}, {not_alike}"
             break
     return _proof_of(errors, reason, num_inputs)
 
@@ -216,31 +159,25 @@ def compare(
     `draw_inputs(seed, wide)` gives what both are called with, in float64 if `wide`; gradients are those of all.
     """
 
-    def evaluate(run: Callable[..., torch.Tensor], seed: int, wide: bool) -> _Tensors:
+    def evaluate(run: Callable[..., torch.Tensor], seed: int, wide: bool) -> Tensors:
         leaves = draw_inputs(seed, wide)
         result = run(*leaves)
         cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed)).to(result)
         gradients = torch.autograd.grad(result, leaves, cotangent)
         return {"result": result.detach()} | {f"gradient {index}": value for index, value in enumerate(gradients)}
 
-    errors: _ErrorsOf = {}
+    errors: ErrorsOf = {}
     with _isolated():
-        for draw in range(MOST_DRAWS):
-            if draw == 1 and not _objection(errors):
-                break
+        for draw in draws(errors):
             sides = [evaluate(run, SEED + draw, wide) for wide in (True, False) for run in (original, replacement)]
-            seen = _Seen(*sides)
+            seen = Seen(*sides)
             if reason := _why_another(seen):
                 return _failed(reason)
-            _note_errors(errors, seen, 1.0)
-    return _proof_of(errors, _objection(errors), draw + 1)
+            note_errors(errors, seen, 1.0)
+    return _proof_of(errors, objection(errors), draw + 1)
 
 
-def _objection(errors: _ErrorsOf) -> str:
-    return next((kept.objection for kept in errors.values() if kept.objection), "")
-
-
-def _proof_of(errors: _ErrorsOf, reason: str, num_inputs: int) -> Proof:
+def _proof_of(errors: ErrorsOf, reason: str, num_inputs: int) -> Proof:
     shown = [kept for (_, norm, magnitude), kept in errors.items() if norm == "largest" and magnitude in (0.0, 1.0)]
     return Proof(
         reason=reason,
@@ -250,20 +187,20 @@ def _proof_of(errors: _ErrorsOf, reason: str, num_inputs: int) -> Proof:
     )
 
 
-def _why_another(seen: _Seen) -> str:
+def _why_another(seen: Seen) -> str:
     """Why the two are not one function, or ''."""
     for name, expected in seen.truth.items():
-        difference = _largest(_difference(seen.same[name], expected))
-        size = _largest(torch.where(expected.isfinite(), expected, 0.0))
-        if not difference <= FLOAT64_TOLERANCE * max(size, TINY):
-            return f"another function: {name} differs by {difference:.1e} in float64"
+        apart = largest(difference(seen.same[name], expected))
+        size = largest(torch.where(expected.isfinite(), expected, 0.0))
+        if not apart <= FLOAT64_TOLERANCE * max(size, TINY):
+            return f"another function: {name} differs by {apart:.1e} in float64"
         was, is_now = seen.original[name], seen.replacement[name]
         if was.dtype != is_now.dtype or was.shape != is_now.shape:
             return f"{name} is {is_now.dtype} {tuple(is_now.shape)}, was {was.dtype} {tuple(was.shape)}"
     return ""
 
 
-def _why_not_finite_alike(seen: _Seen, ordinary: _Seen) -> str:
+def _why_not_finite_alike(seen: Seen, ordinary: Seen) -> str:
     """Why NaN and infinity are not where they were, or finite numbers not what they were; or ''.
 
     A gradient that is zero for `ordinary` inputs, as of rows without a label, may be zero where it was 0 * NaN; and
@@ -276,38 +213,15 @@ def _why_not_finite_alike(seen: _Seen, ordinary: _Seen) -> str:
         if of != name:
             nowhere = (ordinary.truth[name] == 0.0) & (same == 0.0) & (is_now == 0.0)
             judged = ~(nowhere | seen.truth[f"{of} afterwards"].isnan())
-        size = max(_largest(torch.where(expected.isfinite(), expected, 0.0)), TINY)
+        size = max(largest(torch.where(expected.isfinite(), expected, 0.0)), TINY)
         if of != name:  # NaN and infinity are one: formulas for a slope differ in what they make of infinity
             expected, same = (torch.where(value.isfinite(), value, math.nan) for value in (expected, same))
-        differs = judged & (_difference(same, expected) > FLOAT64_TOLERANCE * size)
+        differs = judged & (difference(same, expected) > FLOAT64_TOLERANCE * size)
         lost = judged & was.isfinite() & ~is_now.isfinite()
         for where, shown, value in ((differs, expected, same), (lost, was, is_now)):
             if where.any():
                 return f"{name} is {float(value[where][0]):.3g}, was {float(shown[where][0]):.3g}"
     return ""
-
-
-def _note_errors(errors: _ErrorsOf, seen: _Seen, magnitude: float) -> None:
-    """Keep each kind of error of this draw."""
-    for name, expected in seen.truth.items():
-        was, is_now = seen.original[name], seen.replacement[name]
-        if not was.is_floating_point():
-            continue
-        few = was.numel() < FEW  # their error is a draw: take the largest of several
-        alike = magnitude == 0.0  # zeros in, numbers that are all the same out: one draw, however many they are
-        for norm, measure in NORMS.items():
-            is_narrow = was.element_size() < 4
-            slack = 2.0 if few or (not is_narrow and (alike or norm == "largest")) else SLACK
-            least = torch.finfo(was.dtype).eps * (1.0 if few else LEAST_ROUNDING[norm])
-            pooled = norm == "mean" and not few
-            kept = errors.setdefault(
-                (name, norm, 0.0 if few else magnitude), _Errors(name, slack, least, pooled, is_narrow)
-            )
-            size = max(measure(expected), TINY)
-            first, second, third = (
-                measure(_difference(value, expected)) / size for value in (was, is_now, expected.to(was.dtype))
-            )
-            kept.draws.append((first, second, third))
 
 
 def _failed(reason: str) -> Proof:
@@ -316,7 +230,7 @@ def _failed(reason: str) -> Proof:
 
 def _evaluate(
     run: Callable[..., tuple[Any, ...]], inputs: dict[str, Any], rewrite: Rewrite, seed: int, of_all: bool = False
-) -> _Tensors:
+) -> Tensors:
     """Every result and every gradient, by name. With the same `seed`, the cotangents are the same on each side."""
     leaves: dict[str, Any] = {}
     names: dict[fx.Node, str] = {}  # where two names are bound to one node, the first
@@ -382,25 +296,3 @@ def _widened(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
     return value
-
-
-def _largest(value: torch.Tensor) -> float:
-    return float(value.abs().max()) if value.numel() else 0.0
-
-
-def _root_mean_square(value: torch.Tensor) -> float:
-    return float(value.double().square().mean().sqrt()) if value.numel() else 0.0
-
-
-def _difference(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """value - truth in float64; infinite where one is NaN or infinite and the other is not the same."""
-    value, truth = value.double(), truth.double()
-    same = (value == truth) | (value.isnan() & truth.isnan())
-    return torch.where(same, 0.0, (value - truth).abs()).nan_to_num(nan=math.inf)
-
-
-NORMS: dict[str, Callable[[torch.Tensor], float]] = {"largest": _largest, "mean": _root_mean_square}
-# What one more rounding may add, in units of the dtype's epsilon: to an unlucky element, and on the average of random
-# ones. Of many that is 0.2; of the few hundred of a proof it was up to 0.38 in right rewrites. Numbers that are all the
-# same are rounded alike: see `_Errors.one_rounding`.
-LEAST_ROUNDING = {"largest": 1.0, "mean": 0.4}

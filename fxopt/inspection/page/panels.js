@@ -72,10 +72,12 @@ function metric(name, stage) {
 function fillHead() {
   const what = data.conditions;
   $("model").textContent = data.model;
-  const call = graph.call || (what.training ? "training" : "evaluation");
+  const call = [what.training ? "training" : "evaluation"];  // where no graph tells its own
+  if (what.checkpointing) call.push("checkpointing");
+  if (what.batch_size !== null) call.push(`${what.batch_size} × ${what.sequence_length} tokens`);
   $("call").replaceChildren(
     `policy ${data.policy}, `, shown(data, ["conditions.num_parameters"], "count"), " parameters in ",
-    shown(data, ["conditions.parameter_bytes"], "bytes"), `; ${call}`);
+    shown(data, ["conditions.parameter_bytes"], "bytes"), `; ${graph.call || call.join(", ")}`);
   $("graph").replaceChildren(...data.graphs.map((one, index) =>
     element("option", { value: index }, `graph ${index}: ${one.call ? `${one.call}; ` : ""}${one.stages[0].num_nodes} operations, ${one.rewrites.length} rewrites${one.runs > 1 ? `, run ${one.runs} times` : ""}`)));
   $("graph").value = view.graph;

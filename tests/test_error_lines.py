@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxopt.printing import in_a_line
+from fxopt.error_lines import in_a_line
 
 
 def test_an_error_is_told_without_what_a_terminal_would_obey():
@@ -26,11 +26,11 @@ def test_the_error_of_an_operation_is_told_with_the_user_s_line():
     with pytest.raises(RuntimeError) as caught:
         add(torch.ones(41), torch.ones(42))
     told = in_a_line(caught.value)
-    assert told.startswith("RuntimeError: ") and "42" in told and "(test_printing.py:" in told
+    assert told.startswith("RuntimeError: ") and "42" in told and "(test_error_lines.py:" in told
 
 
 def test_the_line_below_us_is_told_where_it_is_asked_for(monkeypatch):
-    import fxopt.printing
+    import fxopt.error_lines
 
     def asks_for_a_value():
         raise ValueError("no value")
@@ -38,9 +38,9 @@ def test_the_line_below_us_is_told_where_it_is_asked_for(monkeypatch):
     def calls():
         asks_for_a_value()
 
-    monkeypatch.setattr(fxopt.printing, "_OWN", __file__)  # as if this file were fxopt's
+    monkeypatch.setattr(fxopt.error_lines, "_OWN", __file__)  # as if this file were fxopt's
     with pytest.raises(ValueError) as caught:
         calls()
     assert in_a_line(caught.value, with_place=True) == "ValueError: no value"  # no other code was called
-    monkeypatch.setattr(fxopt.printing, "_OWN", "/somewhere/else")
+    monkeypatch.setattr(fxopt.error_lines, "_OWN", "/somewhere/else")
     assert in_a_line(caught.value, with_place=True) == "ValueError: no value"  # nor by us

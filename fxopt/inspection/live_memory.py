@@ -68,6 +68,11 @@ class LiveMemory:
         self._bytes_of["activations"] += size_bytes
         self.note_peak(at)
 
+    def hold(self, size_bytes: int, at: Any) -> None:
+        """Count bytes as alive that no storage stands for; fewer than 0 take as many back."""
+        self._bytes_of["activations"] += size_bytes
+        self.note_peak(at)
+
     @property
     def activations(self) -> int:
         """Bytes alive now that are no gradient of a parameter."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -24,13 +24,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import fxopt.kernels.interval_attention  # noqa: F401 — it registers its op
 from fxopt.inspection.live_memory import LiveMemory
+from fxopt.inspection.repetition import Key, Shortened, shorten
 from fxopt.kernels.linear_cross_entropy import workspace_bytes
 from fxopt.rematerialize import rematerializing
 from fxopt.rewrite.graph import named_graph_modules, value_of
 
 aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 
-Key = tuple[str, str]  # the path of a graph, and the name of a node in it
 OUTSIDE: Key = ("", "")
 
 
@@ -75,26 +76,38 @@ class Measurement:
 
 
 def measure(module: fx.GraphModule) -> Measurement:
-    """Run `module` on fake tensors of the sizes that it was captured with. Raises what its operations raise there."""
-    meter, grad_enabled = Meter(), torch.is_grad_enabled()
+    """Run `module` on fake tensors of the sizes that it was captured with. Raises what its operations raise there.
+
+    Of many layers that are alike, four are run, and the others taken to cost what those in the middle do.
+    """
+    short = shorten(module)
+    if short is not None:
+        meter_of_layers = _MeterOfLayers(short)
+        _run(module, meter_of_layers, short.graph)
+        if meter_of_layers.are_alike:
+            return meter_of_layers.of_all_layers()
+    meter = Meter()
+    _run(module, meter)
+    return meter.result()
+
+
+def _run(module: fx.GraphModule, meter: Meter, graph: fx.Graph | None = None) -> None:
+    """Run `module`, or a graph that is shorter than its own, forward and backward under the eyes of `meter`."""
+    grad_enabled = torch.is_grad_enabled()
     paths = {inner: path for path, inner in named_graph_modules(module)}
     # A static size needs no symbols; PyTorch's own fake mode, with symbols in it, stays out of this.
     with unset_fake_temporarily(), FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(False):
-        inputs = [_concrete(value_of(node)) for node in module.graph.find_nodes(op="placeholder")]
+        inputs = [_concrete(value_of(node)) for node in (graph or module.graph).find_nodes(op="placeholder")]
         for value in inputs:
             meter.ignore(value)
         with torch.set_grad_enabled(grad_enabled), meter:
             with rematerializing():
-                results = Interpreter(module, paths, meter).run(*inputs)
+                results = Interpreter(module, paths, meter, graph).run(*inputs)
             losses = _losses(results)
             del results
             meter.end_forward()
             if losses:
                 torch.autograd.backward(losses, [torch.ones_like(loss) for loss in losses])
-    measurement, peak = meter.measurement, meter.memory.peak_when_released
-    measurement.costs.pop(OUTSIDE, None)  # the ones that backward starts from
-    measurement.peak_bytes, measurement.peak_at = peak.total, peak.at
-    return measurement
 
 
 def _concrete(value: Any) -> Any:
@@ -130,12 +143,15 @@ def _losses(results: Any) -> list[torch.Tensor]:
 class Interpreter(fx.Interpreter):
     """Runs a graph and the graphs inside it, and tells the meter which node runs."""
 
-    def __init__(self, module: fx.GraphModule, paths: dict[fx.GraphModule, str], meter: Meter):
-        super().__init__(module)
+    def __init__(
+        self, module: fx.GraphModule, paths: dict[fx.GraphModule, str], meter: Meter, graph: fx.Graph | None = None
+    ):
+        super().__init__(module, graph=graph)
         self.paths, self.meter, self.path = paths, meter, paths[module]
 
     def run_node(self, n: fx.Node) -> Any:
-        around, self.meter.node = self.meter.node, (self.path, n.name)
+        around = self.meter.node
+        self.meter.enter((self.path, n.name))
         result = super().run_node(n)
         if n.op == "get_attr":
             self.meter.ignore(result)
@@ -179,6 +195,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # what autograd asks for most
         kwargs = kwargs or {}
         if func is aten.add.Tensor and not kwargs and self._adds_gradients and self._is_from_backward(args[0]):
             # Where several gradients of one value are added, autograd writes over the first; not over fake tensors.
@@ -253,10 +271,11 @@ class Meter(TorchDispatchMode):
             pending += [following for following, _ in function.next_functions]
 
     def _starts(self, node: Key) -> Callable[[Any], None]:
-        def start(_: Any) -> None:
-            self.node = node
+        return lambda _: self.enter(node)
 
-        return start
+    def enter(self, node: Key) -> None:
+        """From now on it is `node` that runs, or its backward."""
+        self.node = node
 
     def end_forward(self) -> None:
         """From now on it is the backward that runs."""
@@ -264,6 +283,59 @@ class Meter(TorchDispatchMode):
         for storage in self.memory:
             if storage.size_bytes:
                 self.measurement.costs[storage.made_by.node].saved_bytes += storage.size_bytes
+
+    def result(self) -> Measurement:
+        """What was measured, once all has run."""
+        measurement, peak = self.measurement, self.memory.peak_when_released
+        measurement.costs.pop(OUTSIDE, None)  # the ones that backward starts from
+        measurement.peak_bytes, measurement.peak_at = peak.total, peak.at
+        return measurement
+
+
+class _MeterOfLayers(Meter):
+    """Measures a shortened graph as if the layers that were left out ran too.
+
+    What each of them would keep for backward is counted as alive from where they would have run to where their backward
+    would have: while they do run, less is alive than in the last layer.
+    """
+
+    def __init__(self, short: Shortened):
+        super().__init__()
+        self.short = short
+        self._alive_at: dict[Key, int] = {}  # bytes, in forward
+        self._kept = 0  # bytes that the layers that were left out keep
+        self._second = frozenset(short.following_like.values())
+
+    def enter(self, node: Key) -> None:
+        super().enter(node)
+        if self._in_backward:
+            if self._kept and node in self._second:
+                self.memory.hold(-self._kept, self.where)
+                self._kept = 0
+        elif node in (self.short.second, self.short.following, self.short.last):
+            self._alive_at[node] = self.memory.activations - self._kept
+            if node == self.short.following:
+                self._kept = self.short.num_left_out * self._growth(self.short.second, node)
+                self.memory.hold(self._kept, self.where)
+
+    def _growth(self, start: Key, end: Key) -> int:
+        return self._alive_at[end] - self._alive_at[start]
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether the layers before and after those that were left out cost the same."""
+        short, costs = self.short, self.measurement.costs
+        return self._growth(short.second, short.following) == self._growth(short.following, short.last) and all(
+            costs.get(node) == costs.get(like) for node, like in short.following_like.items()
+        )
+
+    def of_all_layers(self) -> Measurement:
+        """What was measured, for the layers that were left out too."""
+        measurement = self.result()
+        for node, like in self.short.like.items():
+            if like in measurement.costs:
+                measurement.costs[node] = measurement.costs[like]
+        return measurement
 
 
 def _is_free(func: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,8 @@ from fxopt.error_lines import in_a_line
 from fxopt.inspection.align import align
 from fxopt.inspection.diff import Graph, Hunk, Miss, Node, Origin, Proof, Rewrite, Source, Stage
 from fxopt.inspection.fold import blocks_of, shape_of_node, without_index
-from fxopt.inspection.meter import Cost, Key, Measurement, Where, measure
+from fxopt.inspection.meter import Cost, Measurement, Where, measure
+from fxopt.inspection.repetition import Key
 from fxopt.rewrite.graph import SourceLine
 from fxopt.rewrite.match import NearMiss
 from fxopt.rewrite.pipeline import Change, PassRecord
@@ -339,16 +341,17 @@ def _sum(costs: Iterable[Cost | None], where_empty: bool = False) -> Cost | None
 
 
 def _source(line: SourceLine | None) -> Source | None:
-    return None if line is None else Source(_portable(line.path), line.line, line.function, line.code)
+    return None if line is None else Source(_portable(line.path, os.getcwd()), line.line, line.function, line.code)
 
 
-def _portable(path: str) -> str:
+@functools.lru_cache(maxsize=256)
+def _portable(path: str, working_directory: str) -> str:
     """A file's path without what is this machine's: from its package, or from the working directory, or its name."""
     for known in (
         sysconfig.get_path("purelib"),
         sysconfig.get_path("platlib"),
         sysconfig.get_path("stdlib"),
-        os.getcwd(),
+        working_directory,
     ):
         if Path(path).is_relative_to(known):
             return Path(path).relative_to(known).as_posix()

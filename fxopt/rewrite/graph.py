@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import re
@@ -97,9 +98,12 @@ def nodes_written(node: fx.Node) -> list[fx.Node]:
 def _bound(node: fx.Node) -> dict[str, Any]:
     assert inspect.isfunction(node.target)
     try:
-        return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments
+        return _signature(node.target).bind_partial(*node.args, **node.kwargs).arguments
     except TypeError:
         return dict(node.kwargs)
+
+
+_signature = functools.lru_cache(maxsize=256)(inspect.signature)
 
 
 def _nodes_in(value: Any) -> list[fx.Node]:
@@ -202,7 +206,12 @@ class SourceLine:
 
 def source_of(node: fx.Node) -> SourceLine | None:
     """The innermost line of model source that a node comes from; none of fxopt's, which makes a policy's casts."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
+    return _innermost_line(node.stack_trace or "")
+
+
+@functools.lru_cache(maxsize=4096)  # each node is asked after each pass, and all layers have the same lines
+def _innermost_line(stack_trace: str) -> SourceLine | None:
+    lines = [line.strip() for line in stack_trace.splitlines() if line.strip()]
     for index in range(len(lines) - 1, -1, -1):
         if found := FRAME.match(lines[index]):
             path, line, function = found.groups()

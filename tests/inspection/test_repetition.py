@@ -1,0 +1,174 @@
+"""A graph of many layers costs what it costs layer by layer, although only four of them are run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+
+import fxopt
+from fxopt.inspection import meter, repetition
+from fxopt.inspection.meter import measure
+from fxopt.inspection.repetition import shorten
+from tests.captured_graphs import captured
+from tests.tiny_models import SIZES
+
+NUM_LAYERS, WIDTH = 14, 8
+
+
+def inputs(num_layers=NUM_LAYERS, trained=True, widths=None):
+    widths = widths or [WIDTH] * num_layers
+    weights = [torch.randn(WIDTH, width).requires_grad_(trained) for width in widths]
+    return torch.randn(4, WIDTH), weights
+
+
+def layer(x, weight):
+    return x + torch.tanh(x @ weight) @ weight.T
+
+
+def chain(x, weights):
+    for weight in weights:
+        x = layer(x, weight)
+    return x.sum()
+
+
+def alternating(x, weights):
+    other = x.exp()
+    for number, weight in enumerate(weights):
+        x = layer(x, weight) * (other if number % 2 else x)
+    return x.sum()
+
+
+def checkpointed(x, weights):
+    for weight in weights:
+        x = checkpoint(layer, x, weight, use_reentrant=False)
+    return x.sum()
+
+
+def shared(x, weights):
+    for weight in weights:
+        x = layer(x, weights[0]) + weight.sum()
+    return x.sum()
+
+
+def through_a_buffer(x, weights):
+    total = torch.zeros_like(x)
+    for weight in weights:
+        x = layer(x, weight)
+        total.add_(x.detach())
+    return x.sum() + total.sum()
+
+
+def all_read_at_the_end(x, weights):
+    states = [x]
+    for weight in weights:
+        states.append(layer(states[-1], weight))
+    return torch.stack(states).sum()
+
+
+def each_reads_two_before(x, weights):
+    before = x
+    for weight in weights:
+        before, x = x, layer(x, weight) + before
+    return x.sum()
+
+
+def two_take_turns(x, weights):
+    """Each weight is used in every other layer: their gradients are added up."""
+    for number in range(len(weights)):
+        x = layer(x, weights[number % 2])
+    return x.sum()
+
+
+def each_its_own(x, weights):
+    for number, weight in enumerate(weights):
+        x = layer(x, weight) * number
+    return x.sum()
+
+
+def measured_in_full(module, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(meter, "shorten", lambda _: None)
+        return measure(module)
+
+
+def assert_equal(found, expected):
+    counted = [{key: cost for key, cost in m.costs.items() if cost != meter.Cost()} for m in (found, expected)]
+    assert counted[0] == counted[1]
+    assert (found.peak_bytes, found.peak_at) == (expected.peak_bytes, expected.peak_at)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("model", [chain, alternating, checkpointed, shared, through_a_buffer, each_reads_two_before])
+def test_layers_that_are_left_out_are_counted(model, trained, monkeypatch):
+    module = captured(model, *inputs(trained=trained))
+    short = shorten(module)
+    assert short is not None and len(short.graph.nodes) < 0.75 * len(module.graph.nodes)
+    assert_equal(measure(module), measured_in_full(module, monkeypatch))
+
+
+@pytest.mark.parametrize("model", [all_read_at_the_end, each_its_own])
+def test_layers_that_are_not_alike_are_all_run(model, monkeypatch):
+    module = captured(model, *inputs())
+    assert shorten(module) is None
+    assert_equal(measure(module), measured_in_full(module, monkeypatch))
+
+
+def test_weights_that_take_turns(monkeypatch):
+    module = captured(two_take_turns, *inputs())
+    assert_equal(measure(module), measured_in_full(module, monkeypatch))
+
+
+def test_a_wider_layer_in_the_middle_is_run(monkeypatch):
+    module = captured(chain, *inputs(widths=[WIDTH] * 8 + [4 * WIDTH] + [WIDTH] * 3))
+    short = shorten(module)
+    assert short is not None and short.num_left_out == 3
+    assert_equal(measure(module), measured_in_full(module, monkeypatch))
+
+
+def test_of_few_layers_all_are_run():
+    assert shorten(captured(chain, *inputs(4))) is None
+    assert shorten(captured(chain, *inputs(6))).num_left_out > 0
+
+
+def test_layers_that_turn_out_to_cost_other_things_are_all_run(monkeypatch):
+    """Were the structure to say too much: here a layer is taken for the like of one that does less."""
+    module = captured(chain, *inputs(widths=[WIDTH] * 8 + [4 * WIDTH, WIDTH]))
+    monkeypatch.setattr(repetition, "_sizes", lambda value: None)
+    assert shorten(module).num_left_out > 0
+    assert_equal(measure(module), measured_in_full(module, monkeypatch))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_inspection_is_the_same(checkpointing, monkeypatch):
+    def inspected():
+        config = LlamaConfig(**SIZES | {"num_hidden_layers": 7})
+        (graph,) = fxopt.inspect(
+            config, "bf16-islands", batch_size=2, sequence_length=16, checkpointing=checkpointing, prove=False
+        ).graphs
+        assert not graph.not_measured
+        return replace(graph, stages=tuple(replace(stage, elapsed_ms=0.0) for stage in graph.stages))
+
+    runs = []
+    monkeypatch.setattr(meter, "shorten", lambda module: runs.append(shorten(module)) or runs[-1])
+    quick = inspected()
+    assert runs and all(runs)
+    monkeypatch.setattr(meter, "shorten", lambda _: None)
+    assert inspected() == quick
+
+
+def test_a_layer_is_found_in_a_module_that_names_none():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for number in range(8):
+                setattr(self, f"part_{chr(97 + number)}", nn.Linear(WIDTH, WIDTH))
+
+        def forward(self, x):
+            for part in self.children():
+                x = part(x).relu()
+            return x.sum()
+
+    assert shorten(captured(Model(), torch.randn(2, WIDTH))).num_left_out >= 3

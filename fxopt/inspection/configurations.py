@@ -35,12 +35,13 @@ def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
     """
     if isinstance(model, PretrainedConfig):
         return model
-    name, path = str(model), Path(model)
+    name, path = str(model), Path(model).expanduser()
     if path.is_file():
         return _from_fields(_read(path), name)
     if (path / "config.json").is_file():
         return _from_fields(_read(path / "config.json"), name)
-    if path.is_dir() or path.suffix == ".json" or isinstance(model, Path):
+    is_path = isinstance(model, Path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if is_path or path.is_dir() or path.suffix == ".json":
         raise UnknownModelError(f"{name}: there is no such file, or no config.json in that folder")
     if (fields := _well_known(name)) is not None:
         return _from_fields(fields, name)

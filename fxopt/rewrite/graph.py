@@ -238,9 +238,15 @@ def readable_name(node: fx.Node) -> str:
     return _without_dynamo(name() if callable(name) else name) or node.name
 
 
+_AFTER_A_BREAK = re.compile(r"^L\['(self|__nested_frame_values)'\](\[\d+\])*")
+
+
 def _without_dynamo(path: str) -> str:
-    """`L['forward'].__self__._modules['model']._modules['norm']` as `model.norm`."""
-    words = re.findall(r"\w+", path)
+    """`L['forward'].__self__._modules['model']._modules['norm']` as `model.norm`.
+
+    After a graph break inside of a module's forward, paths are told from that module on.
+    """
+    words = re.findall(r"\w+", _AFTER_A_BREAK.sub("", path))
     return ".".join(word for word in words if word not in DYNAMO_WORDS)
 
 

@@ -58,6 +58,9 @@ def test_a_folder_a_file_and_a_model_type(tmp_path):
         ("qwn3", "nearest: qwen3"),
         ("zzzzzzzz", "without internet: HuggingFaceTB/SmolLM2-135M"),
         ("nowhere/config.json", "no such file"),
+        ("./nowhere", "no such file"),
+        ("~/nowhere/model", "no such file"),
+        ("some/folder/nowhere", "no such file"),
     ],
 )
 def test_a_misspelt_model(name, message):

@@ -1,6 +1,7 @@
 """What `fxopt.inspect` finds: the same as a real run, for a configuration, a model and an optimized model."""
 
 import copy
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,6 +139,8 @@ def test_a_graph_that_runs_in_each_layer_costs_as_much_as_they_do():
     assert broken.metrics["saved_bytes"] >= whole.metrics["saved_bytes"] and "peak_bytes" not in broken.metrics
     most = max(graph.runs for graph in broken.graphs)
     assert f": training, 1 × 16 tokens, run {most} times: costs are those of one run" in str(broken)
+    modules = {node.module for graph in broken.graphs for node in graph.nodes}
+    assert "lm_head" in modules and not any(re.match(r"(self|__\w+)\b", path) for path in modules), modules
 
 
 def test_code_that_looks_at_values_is_shown_from_the_real_run():

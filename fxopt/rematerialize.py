@@ -29,12 +29,15 @@ def rematerialize(module: fx.GraphModule) -> None:
     Those calls alone: a hook takes Python's time for every tensor that is saved, of which most are none's cheap result.
     """
     for inner in graph_modules(module):
-        for node in list(inner.graph.nodes):
-            for result in _cheap_results(node):
-                for user in _users(result):
-                    function = user.target if user.op == "call_function" else getattr(Tensor, str(user.target))
-                    user.op, user.target = "call_function", _rematerializing(function)
+        for user in users_of_cheap_results(inner.graph):
+            function = user.target if user.op == "call_function" else getattr(Tensor, str(user.target))
+            user.op, user.target = "call_function", _rematerializing(function)
         inner.recompile()
+
+
+def users_of_cheap_results(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The calls of `graph` that are to run within `rematerializing`."""
+    return frozenset(user for node in graph.nodes for result in _cheap_results(node) for user in _users(result))
 
 
 def _cheap_results(node: fx.Node) -> Iterator[fx.Node]:

@@ -1,6 +1,6 @@
-"""What a graph costs, found by running it on fake tensors, forward and backward: no data, no memory, no GPU.
+"""What is counted of a graph that runs, forward and backward.
 
-Counted are ATen calls as eager PyTorch makes them, one kernel launch each, except views and allocations. An op of
+That is ATen calls as eager PyTorch makes them, one kernel launch each, except views and allocations. An op of
 fxopt's is one call; what it allocates and frees inside is not seen. Bytes moved are those of inputs and results.
 FLOPs are those of matrix products and attention, by the formulas of `torch.utils.flop_counter`. Saved for backward is
 what is still alive when the forward ends, each storage once; the peak is that of everything but inputs, parameters and
@@ -15,19 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import fxopt.kernels.interval_attention  # noqa: F401 — it registers its op
 from fxopt.inspection.live_memory import LiveMemory
-from fxopt.inspection.repetition import Key, Shortened, shorten
+from fxopt.inspection.repetition import Key
 from fxopt.kernels.linear_cross_entropy import workspace_bytes
-from fxopt.rematerialize import rematerializing
-from fxopt.rewrite.graph import named_graph_modules, value_of
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -73,110 +69,6 @@ class Measurement:
     @property
     def total(self) -> Cost:
         return sum(self.costs.values(), Cost())
-
-
-def measure(module: fx.GraphModule) -> Measurement:
-    """Run `module` on fake tensors of the sizes that it was captured with. Raises what its operations raise there.
-
-    Of many layers that are alike, four are run, and the others taken to cost what those in the middle do.
-    """
-    short = shorten(module)
-    if short is not None:
-        meter_of_layers = _MeterOfLayers(short)
-        _run(module, meter_of_layers, short.graph)
-        if meter_of_layers.are_alike:
-            return meter_of_layers.of_all_layers()
-    meter = Meter()
-    _run(module, meter)
-    return meter.result()
-
-
-def _run(module: fx.GraphModule, meter: Meter, graph: fx.Graph | None = None) -> None:
-    """Run `module`, or a graph that is shorter than its own, forward and backward under the eyes of `meter`."""
-    grad_enabled = torch.is_grad_enabled()
-    paths = {inner: path for path, inner in named_graph_modules(module)}
-    # A static size needs no symbols; PyTorch's own fake mode, with symbols in it, stays out of this.
-    with unset_fake_temporarily(), FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(False):
-        inputs = [_concrete(value_of(node)) for node in (graph or module.graph).find_nodes(op="placeholder")]
-        for value in inputs:
-            meter.ignore(value)
-        with torch.set_grad_enabled(grad_enabled), meter:
-            with rematerializing():
-                results = Interpreter(module, paths, meter, graph).run(*inputs)
-            losses = _losses(results)
-            del results
-            meter.end_forward()
-            if losses:
-                torch.autograd.backward(losses, [torch.ones_like(loss) for loss in losses])
-
-
-def _concrete(value: Any) -> Any:
-    """A fake tensor, or a number, of the size that was captured."""
-    if not isinstance(value, torch.Tensor):
-        return _number(value) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
-    sizes, strides = (torch.Size([_number(n) for n in numbers]) for numbers in (value.shape, value.stride()))
-    if is_traceable_wrapper_subclass(value):
-        names, context = value.__tensor_flatten__()
-        inner = {name: _concrete(getattr(value, name)) for name in names}
-        tensor = type(value).__tensor_unflatten__(inner, context, sizes, strides)
-    else:
-        tensor = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-    if value.requires_grad:
-        tensor.requires_grad_().register_post_accumulate_grad_hook(_release_gradient)
-    return tensor
-
-
-def _number(value: Any) -> Any:
-    return value if isinstance(value, int) else value.node.hint
-
-
-def _release_gradient(leaf: torch.Tensor) -> None:
-    leaf.grad = None
-
-
-def _losses(results: Any) -> list[torch.Tensor]:
-    """What backward starts from: the loss, or, in a graph that does not compute it, everything."""
-    found = [value for value in tree_leaves(results) if isinstance(value, torch.Tensor) and value.grad_fn is not None]
-    return [value for value in found if value.ndim == 0] or found
-
-
-class Interpreter(fx.Interpreter):
-    """Runs a graph and the graphs inside it, and tells the meter which node runs."""
-
-    def __init__(
-        self, module: fx.GraphModule, paths: dict[fx.GraphModule, str], meter: Meter, graph: fx.Graph | None = None
-    ):
-        super().__init__(module, graph=graph)
-        self.paths, self.meter, self.path = paths, meter, paths[module]
-
-    def run_node(self, n: fx.Node) -> Any:
-        around = self.meter.node
-        self.meter.enter((self.path, n.name))
-        result = super().run_node(n)
-        if n.op == "get_attr":
-            self.meter.ignore(result)
-        elif n.op.startswith("call"):
-            self.meter.claim(result)
-        self.meter.node = around
-        return result if n.users or n.op == "output" else None  # what nobody reads is not kept
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.higher_order.tag_activation_checkpoint:
-            body, *operands = args
-            context = {"context_fn": body.meta[_SELECTIVE]} if _SELECTIVE in body.meta else {}
-            return checkpoint(self._runner(body), *operands, use_reentrant=False, preserve_rng_state=False, **context)
-        if target is torch.ops.higher_order.invoke_subgraph:
-            body, _, *operands = args
-            return self._runner(body)(*operands)
-        return super().call_function(target, args, kwargs)
-
-    def _runner(self, body: fx.GraphModule) -> Callable[..., Any]:
-        # A new interpreter each time, and none that is held on to: each keeps some values of its last run.
-        paths, meter = self.paths, self.meter
-        return lambda *operands: Interpreter(body, paths, meter).run(*operands)
-
-
-_SELECTIVE = "_checkpoint_context_fn"
 
 
 class Meter(TorchDispatchMode):
@@ -289,52 +181,6 @@ class Meter(TorchDispatchMode):
         measurement, peak = self.measurement, self.memory.peak_when_released
         measurement.costs.pop(OUTSIDE, None)  # the ones that backward starts from
         measurement.peak_bytes, measurement.peak_at = peak.total, peak.at
-        return measurement
-
-
-class _MeterOfLayers(Meter):
-    """Measures a shortened graph as if the layers that were left out ran too.
-
-    What each of them would keep for backward is counted as alive from where they would have run to where their backward
-    would have: while they do run, less is alive than in the last layer.
-    """
-
-    def __init__(self, short: Shortened):
-        super().__init__()
-        self.short = short
-        self._alive_at: dict[Key, int] = {}  # bytes, in forward
-        self._kept = 0  # bytes that the layers that were left out keep
-        self._second = frozenset(short.following_like.values())
-
-    def enter(self, node: Key) -> None:
-        super().enter(node)
-        if self._in_backward:
-            if self._kept and node in self._second:
-                self.memory.hold(-self._kept, self.where)
-                self._kept = 0
-        elif node in (self.short.second, self.short.following, self.short.last):
-            self._alive_at[node] = self.memory.activations - self._kept
-            if node == self.short.following:
-                self._kept = self.short.num_left_out * self._growth(self.short.second, node)
-                self.memory.hold(self._kept, self.where)
-
-    def _growth(self, start: Key, end: Key) -> int:
-        return self._alive_at[end] - self._alive_at[start]
-
-    @property
-    def are_alike(self) -> bool:
-        """Whether the layers before and after those that were left out cost the same."""
-        short, costs = self.short, self.measurement.costs
-        return self._growth(short.second, short.following) == self._growth(short.following, short.last) and all(
-            costs.get(node) == costs.get(like) for node, like in short.following_like.items()
-        )
-
-    def of_all_layers(self) -> Measurement:
-        """What was measured, for the layers that were left out too."""
-        measurement = self.result()
-        for node, like in self.short.like.items():
-            if like in measurement.costs:
-                measurement.costs[node] = measurement.costs[like]
         return measurement
 
 

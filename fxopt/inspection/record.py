@@ -17,7 +17,8 @@ from fxopt.error_lines import in_a_line
 from fxopt.inspection.align import align
 from fxopt.inspection.diff import Graph, Hunk, Miss, Node, Origin, Proof, Rewrite, Source, Stage
 from fxopt.inspection.fold import blocks_of, shape_of_node, without_index
-from fxopt.inspection.meter import Cost, Measurement, Where, measure
+from fxopt.inspection.measure import measure
+from fxopt.inspection.meter import Cost, Measurement, Where
 from fxopt.inspection.repetition import Key
 from fxopt.rewrite.graph import SourceLine
 from fxopt.rewrite.match import NearMiss

@@ -19,7 +19,8 @@ from transformers import PretrainedConfig
 from fxopt.capture import OptimizedForward, Settings
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch
 from fxopt.inspection.live_memory import Peak
-from fxopt.inspection.meter import Interpreter, Meter, Where
+from fxopt.inspection.measure import Interpreter
+from fxopt.inspection.meter import Meter, Where
 from fxopt.precision.annotate import policy_of
 from fxopt.precision.footprint import footprint
 from fxopt.precision.optimizer import optimizer

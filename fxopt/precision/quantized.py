@@ -12,7 +12,7 @@ torchao knows `F.linear` with an int8 weight and contiguous factors. Added here,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torchao.prototype.quantized_training import Int8QuantizedTrainingLinearWeight as Int8Weight
 from torchao.prototype.quantized_training import int8_mixed_precision_training
+from torchao.prototype.quantized_training.int8 import _Int8WeightOnlyLinear
 from torchao.quantization import quantize_
 
 from fxopt.precision.policy import FLOAT8, PolicyError
@@ -175,25 +176,35 @@ def widened(weight: Tensor) -> Tensor:
     return cast(Tensor, _Widen.apply(weight))
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity; the gradient that arrives is made contiguous."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.view_as(value)
+class _Linear(_Int8WeightOnlyLinear):  # type: ignore[misc]
+    """torchao's product (…, D) x (N, D) → (…, N), for an input and a gradient of any strides."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0].contiguous()
-
-
-_torchao_linear = Int8Weight._TORCH_FN_TABLE[Int8Weight][F.linear]
+        # torchao views it as a matrix, which fails for what was transposed (Mamba's scan).
+        return _Int8WeightOnlyLinear.backward(ctx, gradients[0].contiguous())
 
 
 @Int8Weight.implements_torch_function(F.linear)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    # torchao's backward views both as matrices, which fails for what was transposed (Mamba's scan).
-    return _ContiguousGradient.apply(_torchao_linear(func, types, (args[0].contiguous(), *args[1:]), kwargs))
+    return _linear(*args, **kwargs)
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    return cast(Tensor, _Linear.apply(input.contiguous(), weight, bias))
+
+
+@Int8Weight.implements(torch.ops.aten.clamp_.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """To what int8 has within the limits, row by row: Gemma-3n clips weights in its forward."""
+    weight = args[0]
+    least, most = [*args[1:], None, None][:2]
+    scale = weight.scale.float().unsqueeze(1)
+    for bound, towards_zero, clamp in ((least, torch.ceil, torch.maximum), (most, torch.floor, torch.minimum)):
+        if bound is not None:
+            limit = torch.where(scale > 0, towards_zero(bound / scale).clamp(-128, 127), 0).to(torch.int8)
+            weight.int_data.copy_(clamp(weight.int_data, limit))
+    return weight
 
 
 @Int8Weight.implements(torch.ops.aten.is_pinned.default)
@@ -222,11 +233,38 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 _PRODUCTS = [torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.addmm]
+# What else a model does with its weight before it multiplies: Falcon turns it, Gemma-3n clips it.
+_BEFORE_PRODUCTS: list[Any] = [
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
+    *(getattr(owner, name) for owner in (Tensor, torch) for name in ("t", "transpose", "permute", "clamp")),
+]
 
 
-@Int8Weight.implements_torch_function(_PRODUCTS)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+@Int8Weight.implements_torch_function([*_PRODUCTS, *_BEFORE_PRODUCTS])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     return func(*(widened(arg) if isinstance(arg, Int8Weight) else arg for arg in args), **kwargs)
+
+
+@Int8Weight.implements_torch_function([Tensor.view, Tensor.reshape])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    shape = args[1:] if len(args) > 2 else args[-1]
+    if isinstance(shape, Sequence) and len(shape) > 2:  # groups of rows, as DeepSeek-V4 takes them
+        return func(widened(args[0]), *args[1:], **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)  # FSDP's: torchao gives back the matrix as it is
+
+
+@Int8Weight.implements_torch_function(Tensor.__getitem__)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    weight, index = args
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(isinstance(part, slice) for part in parts):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(weight, index)
+    if isinstance(parts[0], int):  # one row, such as the padding token's: the whole table need not be widened
+        row = range(weight.shape[0])[parts[0]]
+        return widened(weight[row : row + 1])[(0, *parts[1:])]
+    return func(widened(weight), index)
 
 
 # What torchao's two kinds of linear layers hold beside what nn.Linear does.

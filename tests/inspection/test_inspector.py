@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm, tiny_config
@@ -102,6 +102,14 @@ def test_checkpointing_saves_less_and_computes_more():
         assert (
             checkpointed.graphs[0].stages[stage].cost.backward_flops > plain.graphs[0].stages[other].cost.backward_flops
         )
+
+
+def test_a_checkpoint_that_ends_in_a_norm_is_measured():
+    """A layer after it saves the norm's result as ever: what the norm would compute it from is gone."""
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    diff = fxopt.inspect(BertConfig(**sizes, is_decoder=True), "bf16", sequence_length=16, checkpointing=True)
+    (graph,) = diff.graphs
+    assert not graph.not_measured and graph.stages[-1].peak_bytes and diff.hits["add_layer_norm"]
 
 
 def test_a_graph_break_is_told():

@@ -1,6 +1,7 @@
 """A graph of many layers costs what it costs layer by layer, although only four of them are run."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
 import fxopt
-from fxopt.inspection import meter, repetition
-from fxopt.inspection.meter import measure
+from fxopt.inspection import measure as measuring
+from fxopt.inspection import repetition
+from fxopt.inspection.measure import measure
+from fxopt.inspection.meter import Cost
 from fxopt.inspection.repetition import shorten
 from tests.captured_graphs import captured
 from tests.tiny_models import SIZES
@@ -82,6 +85,21 @@ def two_take_turns(x, weights):
     return x.sum()
 
 
+class Keeps(torch.autograd.Function):
+    """Lets go of what it holds only when all is over."""
+
+    held: ClassVar[list[torch.Tensor]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Keeps.held.append(grad.repeat(50, 1))
+        return grad
+
+
 def each_its_own(x, weights):
     for number, weight in enumerate(weights):
         x = layer(x, weight) * number
@@ -90,12 +108,12 @@ def each_its_own(x, weights):
 
 def measured_in_full(module, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(meter, "shorten", lambda _: None)
+        patch.setattr(measuring, "shorten", lambda _: None)
         return measure(module)
 
 
 def assert_equal(found, expected):
-    counted = [{key: cost for key, cost in m.costs.items() if cost != meter.Cost()} for m in (found, expected)]
+    counted = [{key: cost for key, cost in m.costs.items() if cost != Cost()} for m in (found, expected)]
     assert counted[0] == counted[1]
     assert (found.peak_bytes, found.peak_at) == (expected.peak_bytes, expected.peak_at)
 
@@ -141,6 +159,22 @@ def test_layers_that_turn_out_to_cost_other_things_are_all_run(monkeypatch):
     assert_equal(measure(module), measured_in_full(module, monkeypatch))
 
 
+def test_layers_whose_backward_leaves_something_alive_are_all_run(monkeypatch):
+    """Then the most is alive in the first layer, not in the last."""
+    module = captured(chain, *inputs())
+    for node in list(module.graph.nodes):
+        if node.name.startswith("tanh"):
+            with module.graph.inserting_after(node):
+                kept = module.graph.call_function(Keeps.apply, (node,))
+            node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
+            kept.meta.update(node.meta)
+    assert shorten(module) is not None
+    full = measured_in_full(module, monkeypatch)
+    Keeps.held.clear()
+    assert_equal(measure(module), full)
+    Keeps.held.clear()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_inspection_is_the_same(checkpointing, monkeypatch):
     def inspected():
@@ -152,10 +186,10 @@ def test_an_inspection_is_the_same(checkpointing, monkeypatch):
         return replace(graph, stages=tuple(replace(stage, elapsed_ms=0.0) for stage in graph.stages))
 
     runs = []
-    monkeypatch.setattr(meter, "shorten", lambda module: runs.append(shorten(module)) or runs[-1])
+    monkeypatch.setattr(measuring, "shorten", lambda module: runs.append(shorten(module)) or runs[-1])
     quick = inspected()
     assert runs and all(runs)
-    monkeypatch.setattr(meter, "shorten", lambda _: None)
+    monkeypatch.setattr(measuring, "shorten", lambda _: None)
     assert inspected() == quick
 
 

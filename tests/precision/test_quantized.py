@@ -4,6 +4,7 @@ import copy
 import io
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,21 @@ def test_the_lookup_is_as_accurate_as_a_dequantized_table(padding_idx: int | Non
         assert_as_accurate(actual, eager, truth)
 
 
-@pytest.mark.parametrize("product", [torch.matmul, lambda x, w: (w.t() if w.dim() > 2 else w) @ x.t(), F.linear])
+def in_groups(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight.view(2, 8, 16).transpose(1, 2)).transpose(0, 1).reshape(len(x), 16)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        torch.matmul,
+        lambda x, w: w @ x.t(),
+        F.linear,
+        lambda x, w: x @ w.T,
+        lambda x, w: x @ w.mT.clamp(-9, 9),
+        in_groups,
+    ],
+)
 def test_products_with_an_int8_weight_and_their_gradients(product: object) -> None:
     torch.manual_seed(0)
     square = nn.Linear(16, 16, bias=False).to(BF16)
@@ -74,6 +89,48 @@ def test_products_with_an_int8_weight_and_their_gradients(product: object) -> No
     (gradient,) = torch.autograd.grad(found, weight, upstream.to(BF16))
     (truth,) = torch.autograd.grad(expected, plain, upstream.to(BF16).float())
     assert (gradient - truth).norm() < 0.01 * truth.norm()
+
+
+def test_what_a_linear_layer_returns_may_be_written_to() -> None:
+    linear = nn.Linear(16, 16, bias=False).to(BF16)
+    weight = quantize_parameter(linear, linear.weight, BF16)
+    product = F.linear(torch.ones(3, 16, dtype=BF16), weight)
+    product *= 2
+    (gradient,) = torch.autograd.grad(product.sum(), weight)
+    assert torch.equal(gradient, torch.full_like(gradient, 6))
+
+
+@pytest.mark.parametrize("index", [3, -1, (3, slice(None)), (3, 5), (slice(2), 5), torch.tensor([1, 1, 4]), None, ...])
+def test_what_is_taken_out_of_an_int8_table(index: Any) -> None:
+    torch.manual_seed(0)
+    embedding = nn.Embedding(40, 16).to(BF16)
+    weight = quantize_parameter(embedding, embedding.weight, BF16)
+    plain = dequantized(weight, BF16).requires_grad_()
+    found, expected = weight[index], plain[index]
+    assert type(found) is Tensor and torch.equal(found, expected)
+    upstream = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(out, table, upstream)[0] for out, table in ((found, weight), (expected, plain))]
+    assert torch.equal(*gradients)
+    with pytest.raises(IndexError):
+        weight[40]
+
+
+@pytest.mark.parametrize("limits", [(-0.05, 0.08), (None, 0.02), (-0.03,), (-10.0, 10.0)])
+def test_an_int8_weight_is_clipped_to_what_int8_has_within_the_limits(limits: tuple[float | None, ...]) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 8, bias=False).to(BF16)
+    linear.weight.data[3] = 0
+    weight = quantize_parameter(linear, linear.weight, BF16)
+    before, steps = dequantized(weight, torch.float32), weight.scale.float().unsqueeze(1)
+    weight.data.clamp_(*limits)
+    after, clipped = dequantized(weight, torch.float32), before.clamp(*limits)
+    assert ((after - clipped).abs() < steps).logical_or(after == clipped).all()
+    assert torch.equal(after.clamp(*limits), after) and torch.equal(after[before == clipped], before[before == clipped])
+
+
+def test_rows_of_an_int8_matrix_stay_int8() -> None:
+    linear = nn.Linear(16, 8, bias=False).to(BF16)
+    assert is_int8(quantize_parameter(linear, linear.weight, BF16)[2:6])
 
 
 def test_int8_trains_and_its_state_dict_continues_bit_by_bit(llama: LlamaForCausalLM, tokens: Tensor) -> None:

@@ -30,7 +30,7 @@ from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
 from fxopt.precision.boundaries import has_boundaries
 from fxopt.rematerialize import rematerialize
-from fxopt.rewrite.graph import graph_modules
+from fxopt.rewrite.graph import SELECTIVE, graph_modules
 from fxopt.rewrite.pipeline import Observer, PassRecord, Pipeline
 from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.report import GraphRecord, Report
@@ -276,8 +276,8 @@ def _checkpoint_eagerly(module: fx.GraphModule) -> None:
 
 
 def _checkpoint(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
-    if "_checkpoint_context_fn" in body.meta:  # what a selective checkpoint saves
-        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    if SELECTIVE in body.meta:
+        options["context_fn"] = body.meta[SELECTIVE]
     return checkpoint(body, *args, **{**options, "use_reentrant": False})
 
 

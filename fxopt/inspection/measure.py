@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fxopt.inspection.meter import Measurement, Meter
 from fxopt.inspection.repetition import Key, Shortened, shorten
 from fxopt.rematerialize import rematerializing, users_of_cheap_results
-from fxopt.rewrite.graph import named_graph_modules, value_of
+from fxopt.rewrite.graph import SELECTIVE, named_graph_modules, value_of
 
 
 def measure(module: fx.GraphModule) -> Measurement:
@@ -108,7 +108,7 @@ class Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             body, *operands = args
-            context = {"context_fn": body.meta[_SELECTIVE]} if _SELECTIVE in body.meta else {}
+            context = {"context_fn": body.meta[SELECTIVE]} if SELECTIVE in body.meta else {}
             return checkpoint(self._runner(body), *operands, use_reentrant=False, preserve_rng_state=False, **context)
         if target is torch.ops.higher_order.invoke_subgraph:
             body, _, *operands = args
@@ -119,9 +119,6 @@ class Interpreter(fx.Interpreter):
         # A new interpreter each time, and none that is held on to: each keeps some values of its last run.
         paths, meter = self.paths, self.meter
         return lambda *operands: Interpreter(body, paths, meter).run(*operands)
-
-
-_SELECTIVE = "_checkpoint_context_fn"
 
 
 class _MeterOfLayers(Meter):
@@ -152,7 +149,7 @@ class _MeterOfLayers(Meter):
                 if layer == self.short.second:
                     self.memory.hold(-self._kept, self.where)
                     self._kept = 0
-        elif node in (self.short.second, self.short.following, self.short.last):
+        elif node in (self.short.second, self.short.following):
             self._alive_before[node] = self.memory.activations - self._kept
             if node == self.short.following:
                 self._kept = self.short.num_left_out * (
@@ -163,13 +160,16 @@ class _MeterOfLayers(Meter):
     @property
     def are_alike(self) -> bool:
         """Whether the layers on both sides of those that were left out cost the same, and keep and free the same."""
-        short, costs, before = self.short, self.measurement.costs, self._alive_before
+        short, costs, before, after = (
+            self.short,
+            self.measurement.costs,
+            self._alive_before,
+            self._alive_before_backward,
+        )
         kept = before[short.following] - before[short.second]
-        freed = self._alive_before_backward
-        return (
-            kept == before[short.last] - before[short.following]
-            and (not freed or kept == freed.get(short.following, 0) - freed.get(short.second, 0))
-            and all(costs.get(node) == costs.get(like) for node, like in short.following_like.items())
+        freed = after.get(short.following, 0) - after.get(short.second, 0)
+        return (kept == freed or not after) and all(
+            costs.get(node) == costs.get(like) for node, like in short.following_like.items()
         )
 
     def of_all_layers(self) -> Measurement:

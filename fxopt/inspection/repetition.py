@@ -3,7 +3,7 @@
 A graph is a list of calls. A stretch of it in which each call does what the one `period` places before it does, with
 what was computed `period` places before and with parameters of the same sizes, is one layer (or a few that alternate)
 again and again, whatever the model calls it. Layers are left out of its middle, where what one computes is read by
-itself and by the next alone.
+itself and by the next alone, and where one reads what itself, the one before, or something for all has computed.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from fxopt.rewrite.graph import inner_graphs, named_graph_modules, value_of
+from fxopt.rewrite.graph import SELECTIVE, inner_graphs, named_graph_modules, value_of
 
 Key = tuple[str, str]  # the path of a graph, and the name of a node in it
 
 _KEPT = 2  # layers at either end: the outermost may differ by what is beside them
-_MOST_ALTERNATING = 8  # kinds of layers that take turns
+_MOST_ALTERNATING = 8  # layers after which the kinds of layers repeat
+_MOST_PERIODS = 32  # lengths of layers that are tried
 
 
 @dataclass(frozen=True)
 class Shortened:
     """A graph without `num_left_out` layers from the middle of a stretch, of which two are left on either side.
 
-    `second`, `following` and `last` are the calls that the layer before those left out begins with, the one after
-    them, and the one after that. `like` maps each call of the layers that were left out to the one in the second layer
+    `second` and `following` are the calls that the layer before those left out begins with, and the one after them.
+    `like` maps each call of the layers that were left out to the one in the second layer
     that does the same, calls in inner graphs too; `following_like` those of the following layer.
     """
 
@@ -39,7 +40,6 @@ class Shortened:
     num_left_out: int
     second: Key
     following: Key
-    last: Key
     like: dict[Key, Key]
     following_like: dict[Key, Key]
 
@@ -85,7 +85,7 @@ class _Search:
         stretches = [stretch for period in _periods(kinds) for stretch in _stretches(kinds, period)]
         for stretch in sorted(stretches, key=_num_calls_left_out, reverse=True):
             for exact in self._with_equal_inputs(stretch):
-                if self._stays_inside(exact):
+                if self._stands_alone(exact):
                     return self._without_middle(root, exact)
         return None
 
@@ -102,20 +102,27 @@ class _Search:
         )
 
     def _is_alike(self, here: fx.Node, there: fx.Node, period: int) -> bool:
+        body = _attribute(here)
+        if isinstance(body, fx.GraphModule) and body is _attribute(there):
+            return False  # its nodes count all runs of it together
         if here is there:
-            return not isinstance(_attribute(here), fx.GraphModule)  # whose nodes count all runs of it together
+            return True
         if here in self.at or there in self.at:
             return here in self.at and self.at.get(there) == self.at[here] + period
         readers = sorted(self.at.get(user, -1) + period for user in here.users)
         other_readers = sorted(self.at.get(user, -1) for user in there.users)
         return _sizes(value_of(here)) == _sizes(value_of(there)) and readers == other_readers
 
-    def _stays_inside(self, stretch: _Stretch) -> bool:
-        """Whether what the layers to leave out compute is read by each itself and by the next alone."""
+    def _stands_alone(self, stretch: _Stretch) -> bool:
+        """Whether the layers to leave out are tied to the layers beside them alone, and to what all layers read."""
         for number in range(_KEPT, stretch.num_layers - _KEPT):
-            end = stretch.layer(number + 1).stop
+            start, end = stretch.layer(number - 1).start, stretch.layer(number + 1).stop
             for index in stretch.layer(number):
-                if any(self.at.get(user, end) >= end for user in self.calls[index].users):
+                call, before = self.calls[index], self.calls[index - stretch.period]
+                own = set(call.all_input_nodes).difference(before.all_input_nodes)
+                if any(self.at.get(read, start) < start for read in own):
+                    return False
+                if any(self.at.get(user, end) >= end for user in call.users):
                     return False
         return True
 
@@ -134,7 +141,6 @@ class _Search:
             num_left_out=stretch.num_left_out,
             second=("", self.calls[second.start].name),
             following=("", self.calls[following.start].name),
-            last=("", self.calls[following.stop].name),
             like=self._like(stretch.left_out, second, paths),
             following_like=self._like(following, second, paths),
         )
@@ -156,16 +162,18 @@ def _num_calls_left_out(stretch: _Stretch) -> int:
     return stretch.num_left_out * stretch.period
 
 
-def _periods(kinds: list[int]) -> set[int]:
-    """Distances at which calls of one kind follow each other most often, and their multiples."""
-    latest: dict[int, int] = {}
-    distances: Counter[int] = Counter()
+def _periods(kinds: list[int]) -> list[int]:
+    """The distances at which calls of one kind follow each other most often, not only the nearest ones."""
+    places: dict[int, list[int]] = {}
     for index, kind in enumerate(kinds):
-        if kind in latest:
-            distances[index - latest[kind]] += 1
-        latest[kind] = index
-    times = range(1, _MOST_ALTERNATING + 1)
-    return {length * n for length, _ in distances.most_common(_MOST_ALTERNATING) for n in times}
+        places.setdefault(kind, []).append(index)
+    distances = Counter(
+        later - index
+        for found in places.values()
+        for position, index in enumerate(found)
+        for later in found[position + 1 : position + 1 + _MOST_ALTERNATING]
+    )
+    return [distance for distance, _ in distances.most_common(_MOST_PERIODS)]
 
 
 def _stretches(kinds: list[int], period: int) -> Iterator[_Stretch]:
@@ -194,7 +202,7 @@ def _face(node: fx.Node) -> Hashable:
 def _structure(module: fx.GraphModule) -> Hashable:
     """An inner graph, but for the names in it."""
     at = {node: index for index, node in enumerate(module.graph.nodes)}
-    return tuple(
+    return module.meta.get(SELECTIVE), *(
         (
             _face(node) if node.op.startswith("call") else (node.op, _sizes(value_of(node))),
             tuple(at[source] for source in node.all_input_nodes),

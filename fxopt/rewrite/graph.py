@@ -23,6 +23,7 @@ MUTATING_OPERATORS = frozenset(
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 )
 RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "exponential", "rrelu")
+SELECTIVE = "_checkpoint_context_fn"  # where the body of a checkpoint says what it saves nevertheless
 # In Dynamo's names of sources, what is not part of a path in the model.
 DYNAMO_WORDS = frozenset({"L", "G", "forward", "__self__", "call", "_modules", "_parameters", "_buffers", "__dict__"})
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import LlamaConfig
 
 import fxopt
@@ -78,6 +78,57 @@ def each_reads_two_before(x, weights):
     return x.sum()
 
 
+def memories_first(x, weights):
+    """What each layer reads was computed for all before, in as many calls: left unread, it would cost nothing."""
+    memories = [torch.tanh(x @ weight) for weight in weights]
+    for memory in memories:
+        x = torch.sin(x * memory)
+    return x.sum()
+
+
+def unbound(x, weights):
+    for weight in torch.stack(weights).unbind():
+        x = torch.matmul(x, weight)
+    return x.sum()
+
+
+def contexts():
+    """Products are kept, the rest is computed again."""
+
+    def keep(context, op, *args, **kwargs):
+        is_product = op == torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keep)
+
+
+def every_other_selectively(x, weights):
+    for number, weight in enumerate(weights):
+        options = {"context_fn": contexts} if number % 2 else {}
+        x = checkpoint(layer, x, weight, use_reentrant=False, **options)
+    return x.sum()
+
+
+def of_two_lengths(x, weights):
+    for number, weight in enumerate(weights):
+        x = layer(x, weight)
+        if number % 2:
+            x = x.sin().cos().exp()
+    return x.sum()
+
+
+@torch.compiler.nested_compile_region
+def region(x, weight):
+    return torch.tanh(x @ weight)
+
+
+def one_region(x, weights):
+    """One inner graph, called again and again: what it costs is the sum."""
+    for weight in weights:
+        x = region(x, weight)
+    return x.sum()
+
+
 def two_take_turns(x, weights):
     """Each weight is used in every other layer: their gradients are added up."""
     for number in range(len(weights)):
@@ -119,7 +170,10 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("model", [chain, alternating, checkpointed, shared, through_a_buffer, each_reads_two_before])
+@pytest.mark.parametrize(
+    "model",
+    [chain, alternating, checkpointed, shared, through_a_buffer, every_other_selectively, of_two_lengths],
+)
 def test_layers_that_are_left_out_are_counted(model, trained, monkeypatch):
     module = captured(model, *inputs(trained=trained))
     short = shorten(module)
@@ -127,16 +181,24 @@ def test_layers_that_are_left_out_are_counted(model, trained, monkeypatch):
     assert_equal(measure(module), measured_in_full(module, monkeypatch))
 
 
-@pytest.mark.parametrize("model", [all_read_at_the_end, each_its_own])
+@pytest.mark.parametrize("num_layers", [NUM_LAYERS, NUM_LAYERS + 1])
+@pytest.mark.parametrize(
+    "model", [every_other_selectively, memories_first, unbound, one_region, two_take_turns, each_reads_two_before]
+)
+def test_layers_that_are_tied_to_others_are_counted_as_they_are(model, num_layers, monkeypatch):
+    module = captured(model, *inputs(num_layers))
+    assert_equal(measure(module), measured_in_full(module, monkeypatch))
+
+
+@pytest.mark.parametrize("model", [all_read_at_the_end, each_its_own, memories_first, unbound, one_region])
 def test_layers_that_are_not_alike_are_all_run(model, monkeypatch):
     module = captured(model, *inputs())
     assert shorten(module) is None
     assert_equal(measure(module), measured_in_full(module, monkeypatch))
 
 
-def test_weights_that_take_turns(monkeypatch):
-    module = captured(two_take_turns, *inputs())
-    assert_equal(measure(module), measured_in_full(module, monkeypatch))
+def test_layers_that_take_turns_with_a_weight_are_left_out_by_turns():
+    assert shorten(captured(two_take_turns, *inputs())).num_left_out <= 3
 
 
 def test_a_wider_layer_in_the_middle_is_run(monkeypatch):
@@ -151,9 +213,10 @@ def test_of_few_layers_all_are_run():
     assert shorten(captured(chain, *inputs(6))).num_left_out > 0
 
 
-def test_layers_that_turn_out_to_cost_other_things_are_all_run(monkeypatch):
+@pytest.mark.parametrize("trained", [True, False])
+def test_layers_that_turn_out_to_cost_other_things_are_all_run(trained, monkeypatch):
     """Were the structure to say too much: here a layer is taken for the like of one that does less."""
-    module = captured(chain, *inputs(widths=[WIDTH] * 8 + [4 * WIDTH, WIDTH]))
+    module = captured(chain, *inputs(trained=trained, widths=[WIDTH] * 8 + [4 * WIDTH, WIDTH]))
     monkeypatch.setattr(repetition, "_sizes", lambda value: None)
     assert shorten(module).num_left_out > 0
     assert_equal(measure(module), measured_in_full(module, monkeypatch))

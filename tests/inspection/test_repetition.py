@@ -214,12 +214,15 @@ def test_of_few_layers_all_are_run():
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_layers_that_turn_out_to_cost_other_things_are_all_run(trained, monkeypatch):
-    """Were the structure to say too much: here a layer is taken for the like of one that does less."""
+def test_where_layers_turn_out_to_cost_other_things_all_are_run(trained, monkeypatch):
+    """Were the structure to say too much: here the layer after those left out does more than the one before them."""
     module = captured(chain, *inputs(trained=trained, widths=[WIDTH] * 8 + [4 * WIDTH, WIDTH]))
     monkeypatch.setattr(repetition, "_sizes", lambda value: None)
     assert shorten(module).num_left_out > 0
+    graphs, run = [], measuring._run
+    monkeypatch.setattr(measuring, "_run", lambda *arguments: (graphs.append(arguments[2:]), run(*arguments)))
     assert_equal(measure(module), measured_in_full(module, monkeypatch))
+    assert len(graphs[0]) == 1 and graphs[1:] == [(), ()]  # shortened, then in full; and in full
 
 
 def test_layers_whose_backward_leaves_something_alive_are_all_run(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -106,6 +107,7 @@ def inspect(
     checkpointing: bool = False,
     pipeline: Pipeline | None = None,
     prove: bool = True,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> GraphDiff:
     """The graphs of a model before the passes, after each and after all, as data that can be printed and saved.
 
@@ -121,6 +123,7 @@ def inspect(
         checkpointing: whether activations are computed again in the backward.
         pipeline: the passes to run; `fxopt.passes.pipelines.EXACT` if None.
         prove: whether rewrites are proven, each distinct one once, on small real inputs.
+        on_progress: called before each step with what is done then, its number, and how many there are; of each graph.
 
     Raises:
         ValueError: an optimized model that has not run yet, a sequence that is too long, or no such model
@@ -128,7 +131,7 @@ def inspect(
         PolicyError: the policy is unknown, or does not fit.
     """
     if isinstance(model, nn.Module) and (forward := _find_optimized_forward(model)) is not None:
-        return inspect_optimized(forward, prove)
+        return inspect_optimized(forward, prove, on_progress)
     return inspect_model(
         model,
         policy,
@@ -138,6 +141,7 @@ def inspect(
         checkpointing=checkpointing,
         pipeline=pipeline,
         prove=prove,
+        on_progress=on_progress,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
     from fxopt.inspection.diff import GraphDiff
     from fxopt.precision.policy import Policy
 
-FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130  # exit codes; the last as shells have it
-FILE_WIDTH = 140
+FAILED, WRONG_USE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141  # exit codes; the last two as shells have them
+FILE_WIDTH = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    Returns 0; 1 where a --fail-if holds or fxopt does not work here; 2 where it cannot be run; 130 after Ctrl-C.
+    Returns 0; 1 where a --fail-if holds or fxopt does not work here; 2 where it cannot be run; 130 after Ctrl-C; 141
+    where who reads the output stopped to, as `head` does.
     """
     parser = argparse.ArgumentParser(prog="fxopt", description="See before you train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -31,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return NOBODY_READS
     except (ValueError, OSError) as error:
         print(f"fxopt {options.command}: {error}", file=sys.stderr)
         return WRONG_USE
@@ -72,19 +78,21 @@ def _inspect(options: argparse.Namespace) -> int:
     _check_files(options, *_INSPECTIONS)
     _quiet()
     from fxopt.api import inspect
+    from fxopt.printing import progress_bar
 
     policy = _policy(options.policy)  # before the model is looked for
-    diff = inspect(
-        options.model,
-        policy,
-        batch_size=options.batch,
-        sequence_length=options.seq,
-        training=not options.eval,
-        checkpointing=options.checkpointing,
-        prove=not options.no_proofs,
-    )
-    _print(diff)
-    _save(diff, options, *_INSPECTIONS)
+    with progress_bar() as show:
+        diff = inspect(
+            options.model,
+            policy,
+            batch_size=options.batch,
+            sequence_length=options.seq,
+            training=not options.eval,
+            checkpointing=options.checkpointing,
+            prove=not options.no_proofs,
+            on_progress=show,
+        )
+    _save_and_print(diff, options, *_INSPECTIONS)
     return 0 if diff.graphs else FAILED
 
 
@@ -104,27 +112,38 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq", type=int, metavar="TOKENS", help="tokens in each row (2048, or the model's most)")
 
 
-def _save(result: Any, options: argparse.Namespace, *names: str) -> None:
-    """Write `result` to each file that was asked for."""
-    for name in names:
-        if (path := getattr(options, name)) is not None:
-            print(f"wrote {result.save(_with_ending(path, name))}")
+def _save_and_print(result: Any, options: argparse.Namespace, *names: str) -> None:
+    """Write `result` to each file that was asked for, and then to the terminal, which may be closed."""
+    paths = [_with_ending(path, name) for name in names if (path := getattr(options, name)) is not None]
+    written = [result.save(path) for path in paths]
+    _print(result)
+    for path in written:
+        print(f"wrote {path}")
 
 
 def _check_files(options: argparse.Namespace, *names: str) -> None:
     """Raises ValueError for a file that cannot be written, before the work that it is to hold."""
     for name in names:
         if (path := getattr(options, name)) is not None:
-            file = Path(_with_ending(path, name))
+            file, option = Path(_with_ending(path, name)), "--" + name.replace("_", "-")
+            if Path(path).is_dir() or file.is_dir():
+                raise ValueError(f"{path} is a folder; {option} takes the name of a file")
+            if Path(path).suffix in _ENDINGS.values() and not path.endswith(_ENDINGS[name]):
+                raise ValueError(f"{option} writes a file that ends in {_ENDINGS[name]}, and {path} does not")
             if not file.parent.is_dir():
                 raise ValueError(f"there is no folder {file.parent} to write {file.name} into; make it first")
-            if not os.access(file if file.exists() else file.parent, os.W_OK) or file.is_dir():
-                raise ValueError(f"{file} cannot be written")
+            try:
+                with open(file, "ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
+                    pass
+            except OSError as error:
+                raise ValueError(f"{file} cannot be written: {error.strerror}") from None
+
+
+_ENDINGS = {"html": ".html", "json": ".json", "graphml": ".graphml", "model_explorer": ".model-explorer.json"}
 
 
 def _with_ending(path: str, name: str) -> str:
-    ending = "." + name.replace("model_explorer", "model-explorer.json")
-    return path if path.endswith(ending) else path + ending
+    return path if path.endswith(_ENDINGS[name]) else path + _ENDINGS[name]
 
 
 def _add_diff(commands: Any) -> None:
@@ -202,8 +221,7 @@ def _plan(options: argparse.Namespace) -> int:
             accuracy=options.accuracy,
             on_progress=show,
         )
-    _print(found)
-    _save(found, options, "html", "json")
+    _save_and_print(found, options, "html", "json")
     return 0 if found.recommended is not None else FAILED
 
 
@@ -230,14 +248,18 @@ def _doctor(options: argparse.Namespace) -> int:
 
     _check_files(options, "json")
     diagnosis = doctor(options.device, progress=sys.stderr.isatty())
-    _print(diagnosis)
-    _save(diagnosis, options, "json")
+    _save_and_print(diagnosis, options, "json")
     return 0 if diagnosis.works else FAILED
 
 
 def _print(what: Any) -> None:
     """To the terminal as wide as it is; to a file or a pipe as wide as needed."""
-    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(what, crop=False)
+    _Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(what, crop=False)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would leave the program with 1, which says that something failed
 
 
 def _quiet() -> None:

@@ -1,10 +1,13 @@
 """The `fxopt` command: what it prints and writes, and its exit codes."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
-from fxopt.cli import FAILED, INTERRUPTED, WRONG_USE, main
+from fxopt.cli import FAILED, INTERRUPTED, NOBODY_READS, WRONG_USE, main
 from tests.tiny_models import SIZES
 
 
@@ -29,7 +32,9 @@ def _loud():
 def test_inspect_and_diff(model, tmp_path, capsys):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     assert main(["inspect", model, "--seq", "33", "--json", str(one), "--html", str(tmp_path / "one")]) == 0
-    assert "@@ transformers/models/llama/modeling_llama.py" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "@@ transformers/models/llama/modeling_llama.py" in printed and "\nin all " in printed
+    assert re.search(r"^-       activations\.py:\d+: return nn\.functional\.silu", printed, re.MULTILINE)
     assert (tmp_path / "one.html").stat().st_size > 100_000
     assert main(["inspect", model, "--seq", "33", "--policy", "fp32", "--no-proofs", "--json", str(two)]) == 0
     assert main(["diff", str(one), str(two)]) == 0
@@ -60,6 +65,14 @@ def test_inspect_and_diff(model, tmp_path, capsys):
         (["inspect", "SmolLM2-135M", "--html", "gone/a.html"], "there is no folder gone to write a.html into"),
         (["plan", "SmolLM2-135M", "--json", "gone/a"], "there is no folder gone to write a.json into"),
         (["doctor", "--json", "gone/a.json"], "there is no folder gone"),
+        (["inspect", "SmolLM2-135M", "--json", "."], ". is a folder; --json takes the name of a file"),
+        (
+            ["inspect", "SmolLM2-135M", "--json", "a.html"],
+            "--json writes a file that ends in .json, and a.html",
+        ),
+        (["inspect", "SmolLM2-135M", "--model-explorer", "a.json"], "that ends in .model-explorer.json"),
+        (["inspect", "SmolLM2-135M", "--html", "/proc/a.html"], "/proc/a.html cannot be written"),
+        (["inspect", "t5"], "t5 is no causal language model"),
     ],
 )
 def test_errors_say_what_to_do(arguments, message, capsys, tmp_path, monkeypatch):
@@ -78,6 +91,17 @@ def test_an_interrupt_is_no_error_of_ours(capsys, monkeypatch):
     assert capsys.readouterr().err == "fxopt inspect: interrupted\n"
 
 
+def test_who_stops_reading_is_no_error(model, tmp_path):
+    """The files are written all the same."""
+    page = tmp_path / "one.html"
+    command = [sys.executable, "-m", "fxopt.cli", "inspect", model, "--seq", "8", "--no-proofs", "--html", str(page)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == NOBODY_READS and "fxopt inspect:" not in errors and "BrokenPipe" not in errors
+    assert page.stat().st_size > 100_000
+
+
 def test_an_unknown_command(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["inspekt"])
@@ -93,4 +117,6 @@ def test_plan(model, tmp_path, capsys):
     rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
     assert len(rows) == 8 and all(row["batch_size"] > 0 and row["peak"] <= 50e6 for row in rows)
     assert main(["plan", model, "--policy", "bf16", "--memory", "100kB", "--seq", "32"]) == 1
-    assert "take bf16-8bit, int8, shorter rows, more devices, or adapters (PEFT)" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "take bf16-8bit, int8, shorter rows, more devices, or adapters (PEFT)" in printed
+    assert "where rows are 0 not even one fits" in printed

@@ -63,7 +63,7 @@ class Condition:
         value = after.get(self.name, 0.0)
         if self.relative:
             known = before.get(self.name, 0.0)
-            value = 100 * (value - known) / known if known else 0.0 if value == known else 100.0
+            value = 100 * (value - known) / known if known else 0.0 if value == known else float("inf")
         return _OPERATORS[self.operator](value, self.number)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, get_session
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 SEQUENCE_LENGTH = 2048
@@ -129,6 +129,12 @@ def _from_fields(fields: dict[str, Any], name: str) -> PretrainedConfig:
         config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # each model type checks its fields in its own way
         raise builds_no_model(name, error) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnknownModelError(f"{name}: {model_type} is no causal language model of transformers'")
+    for field, least in (("num_hidden_layers", 0), ("hidden_size", 1), ("vocab_size", 1), ("num_attention_heads", 1)):
+        value = getattr(config.get_text_config(decoder=True), field, None)
+        if isinstance(value, int) and value < least:
+            raise UnknownModelError(f"{name}: {field} is {value}; it is a number from {least} on")
     return config
 
 
@@ -141,6 +147,8 @@ def builds_no_model(name: str, error: Exception) -> UnknownModelError:
 def _from_hub(name: str) -> PretrainedConfig:
     near = nearest_names(name)
     hint = f"; nearest: {', '.join(near)}" if near else f"; without internet: {', '.join(well_known_names())}"
+    if name in CONFIG_MAPPING:
+        raise UnknownModelError(f"{name} is no causal language model of transformers'")
     if "/" not in name:
         raise UnknownModelError(f"unknown model {name!r}{hint}; give org/name, a model type, a folder or a config.json")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -22,14 +22,19 @@ from fxopt.inspection.configurations import check_sizes, sequence_for
 from fxopt.inspection.diff import Conditions, Graph, GraphDiff, call_in_words
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch, source_of
 from fxopt.inspection.record import Recorder
+from fxopt.passes.pipelines import EXACT
 from fxopt.precision.annotate import policy_of
 from fxopt.precision.footprint import footprint
 from fxopt.precision.policy import Policy
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
 
+OnProgress = Callable[[str, int, int], None]
 
-def inspect_optimized(forward: OptimizedForward, prove: bool = True) -> GraphDiff:
+
+def inspect_optimized(
+    forward: OptimizedForward, prove: bool = True, on_progress: OnProgress | None = None
+) -> GraphDiff:
     """The graphs of an optimized model that has run: its calls are captured once more, on fake tensors.
 
     Where that cannot be, since the model's code looks at values, the report's graphs are shown, without costs.
@@ -49,7 +54,7 @@ def inspect_optimized(forward: OptimizedForward, prove: bool = True) -> GraphDif
     settings = Settings(forward.settings.policy, pipeline=forward.settings.pipeline, prove=prove)
     with mode:
         calls = [_with_fake_tensors(call) for call in forward.calls]
-    diff = _inspect(model, settings, calls, mode, replaced)
+    diff = _inspect(model, settings, calls, mode, replaced, on_progress)
     if not _same_rewrites(diff, forward.report):
         reason = "the graphs of the real calls are shown: on fake tensors the capture found others"
         diff = _diff(forward.model, forward.report, Recorder(reason), calls)
@@ -66,6 +71,7 @@ def inspect_model(
     checkpointing: bool = False,
     pipeline: Pipeline | None = None,
     prove: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> GraphDiff:
     """What `policy` and `pipeline` would do to a model that is not optimized, or to a configuration."""
     check_sizes(batch_size=batch_size)
@@ -79,17 +85,29 @@ def inspect_model(
     with mode:
         arguments = labelled_batch(batch_size, sequence_length)
     call = CapturedCall(arguments, training, grad_enabled=training)
-    return _inspect(fake, Settings(chosen.name, pipeline=pipeline, prove=prove), [call], mode)
+    settings = Settings(chosen.name, pipeline=pipeline, prove=prove)
+    return _inspect(fake, settings, [call], mode, on_progress=on_progress)
 
 
 def _inspect(
-    model: nn.Module, settings: Settings, calls: list[CapturedCall], mode: FakeTensorMode, replaced: Any = None
+    model: nn.Module,
+    settings: Settings,
+    calls: list[CapturedCall],
+    mode: FakeTensorMode,
+    replaced: Any = None,
+    on_progress: OnProgress | None = None,
 ) -> GraphDiff:
     forward = OptimizedForward(model, settings, replaced)
     forward.observe = recorder = Recorder()
+    passes = (settings.pipeline or EXACT).passes
+    num_steps = len(passes) + 3  # the capture, and the graph before them, after each, and at the end
+    if on_progress is not None:
+        recorder.on_stage = lambda name, number: on_progress(f"measuring: {name}", number + 1, num_steps)
     forward.runner = recorder.runner
     for call in calls:
         model.train(call.training)
+        if on_progress is not None:
+            on_progress("capturing the graph", 0, num_steps)
         recorder.call = call_in_words(call.training, _is_checkpointed(model), *_sizes(call))
         try:
             with _without_garbage_collection(), mode, torch.set_grad_enabled(call.grad_enabled):

@@ -22,7 +22,7 @@ def in_count(number: float) -> str:
 
 def amount_of(text: str) -> tuple[float, bool] | None:
     """ "24GB" or "80 GiB" in bytes, or a number such as "1e9"; and whether it has a unit. None for anything else."""
-    found = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?(?:e\d+)?)\s*(?:([kmgt])(i?)b?|(b))?\s*", text.lower())
+    found = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?:([kmgt])(i?)b?|(b))?\s*", text.lower())
     if found is None:
         return None
     number, prefix, binary, unit = found.groups()

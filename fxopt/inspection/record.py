@@ -55,11 +55,14 @@ class Recorder:
         self.graphs: list[SeenGraph] = []
         self.not_seen = not_seen
         self.call = ""  # what is captured now
+        self.on_stage: Callable[[str, int], None] | None = None  # gets a stage's name and number before it is measured
 
     def __call__(self, name: str, module: fx.GraphModule) -> None:
         if name == "captured":
             self.graphs.append(SeenGraph(self.call, []))
         stages = self.graphs[-1].stages
+        if self.on_stage is not None:
+            self.on_stage(name, len(stages))
         rows = _in_order(snapshot(module))
         unchanged = bool(stages) and stages[-1].rows == rows
         measurement = stages[-1].measurement if unchanged else _measured(module)

@@ -76,7 +76,7 @@ def _totals(graph: Graph) -> Table:
         pairs += [(launches(first.cost), launches(final.cost)), (first.cost.casts, final.cost.casts)]
         pairs += [(moved(first.cost), moved(final.cost)), (first.cost.saved_bytes, final.cost.saved_bytes)]
         pairs += [(first.peak_bytes or 0, final.peak_bytes or 0)]
-    table.add_row("", str(len(graph.rewrites)), *(change(*pair) for pair in pairs), style="bold")
+    table.add_row("in all", str(len(graph.rewrites)), *(change(*pair) for pair in pairs), style="bold")
     return table
 
 
@@ -111,7 +111,7 @@ def _hunk(graph: Graph, hunks: list[Hunk]) -> Iterator[RenderableType]:
     yield Text(f"\n@@ {where} @@ {module or 'the call'}{times}", style="cyan", no_wrap=True, overflow="ellipsis")
     yield Text("   " + "; ".join(_facts(graph, hunk, len(hunks))), style="dim", overflow="fold")
     for source, nodes in _by_line([graph.nodes[number] for number in hunk.removed]):
-        yield _removed(source, nodes)
+        yield _removed(source, nodes, hunk.source)
     for number in hunk.added:
         node = graph.nodes[number]
         if node.operation != "getitem":  # one of an op's several results
@@ -140,11 +140,14 @@ def _by_line(nodes: Iterable[Node]) -> list[tuple[Source | None, list[Node]]]:
     return list(lines.items())
 
 
-def _removed(source: Source | None, nodes: list[Node]) -> Text:
+def _removed(source: Source | None, nodes: list[Node], beside: Source | None) -> Text:
+    """What went from one line. A line of another file than that of `beside`, which heads the hunk, says of which."""
     costs = [node.before for node in nodes if node.before is not None]
     cost = sum(costs, Cost()) if costs else None
     if source is None:
         return _line("-", "", ", ".join(node.spelled for node in nodes), nodes[-1].value, cost, "red")
+    if beside is None or source.file != beside.file:
+        return _line("-", "", f"{source.place}: {source.code}", nodes[-1].value, cost, "red")
     return _line("-", str(source.line), source.code, nodes[-1].value, cost, "red")
 
 

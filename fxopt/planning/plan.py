@@ -158,7 +158,7 @@ def plan(
         if on_progress is not None:
             on_progress(policy.name + ", activations computed again" * checkpointing, number, len(jobs))
         rows += planner.rows(policy, checkpointing)
-    notes = [*_frozen(like), *(_of_the_limit(rows) if limit is not None else ()), *planner.notes]
+    notes = [*_frozen(like), *_too_large(rows), *(_of_the_limit(rows) if limit is not None else ()), *planner.notes]
     recommended, why = recommend(rows, num_parameters, budget, accuracy, num_devices)
     return Plan(
         model=type(like).__name__,
@@ -182,6 +182,11 @@ def _of_the_limit(rows: Sequence[Row]) -> Iterator[str]:
     )
     if any(row.batch_size == MOST_ROWS for row in rows):
         yield f"where {MOST_ROWS} rows fit, more may: no larger batch is tried"
+
+
+def _too_large(rows: Sequence[Row]) -> Iterator[str]:
+    if any(row.batch_size == 0 for row in rows):
+        yield "where rows are 0 not even one fits: the bytes are those of one"
 
 
 def _frozen(model: nn.Module) -> list[str]:

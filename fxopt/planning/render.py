@@ -41,7 +41,7 @@ def as_table(plan: Plan) -> RenderableType:
         table.add_column(name)
     for name in ("rows", *columns, "peak"):
         table.add_column(name, justify="right")
-    table.add_column("where it is")
+    table.add_column("where it is", no_wrap=True, overflow="ellipsis")
     for row in plan.rows:
         chosen = row == plan.recommended
         style = "bold green" if chosen else "dim" if not row.fits(plan.memory) else ""

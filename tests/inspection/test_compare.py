@@ -43,10 +43,16 @@ def test_a_rule_that_is_missing_is_seen(diff, without_rope):
         ("fusions < 61", True), ("fusions<=2", False), ("fusions > 5 %", False), ("fusions < -5%", True),
         ("rope == 0", True), ("rope != 0", False), ("peak_bytes > 20 GB", False), ("saved_bytes > 1 kB", True),
         ("launches > 5 %", True), ("refused > 0", False), ("saved_bytes>1KiB", True), ("peak_bytes > 1e9", False),
+        ("rope > 1e-3", False), ("rope < 1e+1", True),
     ],
 )  # fmt: skip
 def test_conditions(diff, without_rope, text, holds):
     assert Condition.parse(text).holds(diff.metrics, without_rope.metrics) is holds
+
+
+def test_what_was_not_there_before_is_more_by_any_share():
+    assert Condition.parse("graph_breaks > 1000 %").holds({"graph_breaks": 0.0}, {"graph_breaks": 1.0})
+    assert not Condition.parse("graph_breaks > 0 %").holds({"graph_breaks": 0.0}, {"graph_breaks": 0.0})
 
 
 @pytest.mark.parametrize(

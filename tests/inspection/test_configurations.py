@@ -80,10 +80,13 @@ def test_a_file_that_is_no_configuration(tmp_path):
     ("fields", "message"),
     [
         ({}, "lacks model_type"),
-        ({"model_type": "t5"}, "t5 is no causal language model"),
+        ({"model_type": "t5"}, "config.json: t5 is no causal language model"),
+        ({"model_type": "llama", "vocab_size": 0}, "vocab_size is 0; it is a number from 1 on"),
+        ({"model_type": "llama", "num_hidden_layers": -1}, "num_hidden_layers is -1; it is a number from 0 on"),
         ({"model_type": "llama", "num_attention_heads": 0}, "builds no model: ZeroDivisionError"),
         ({"model_type": "llama", "hidden_size": "wide"}, "builds no model: .*hidden_size"),
-        ({"model_type": "llama", "hidden_size": -64}, "builds no model: RuntimeError"),
+        ({"model_type": "llama", "hidden_size": -64}, "hidden_size is -64"),
+        ({"model_type": "llama", "intermediate_size": -64}, "builds no model: RuntimeError"),
         ({"model_type": "llama", "hidden_act": "nope"}, "builds no model: KeyError: 'nope'"),
     ],
 )

@@ -104,6 +104,14 @@ def test_checkpointing_saves_less_and_computes_more():
         )
 
 
+def test_progress_is_told():
+    told = []
+    config = LlamaConfig(**SIZES)
+    fxopt.inspect(config, sequence_length=8, prove=False, on_progress=lambda *step: told.append(step))
+    assert told[0] == ("capturing the graph", 0, len(told)) and told[-1][0] == "measuring: defer_logits"
+    assert [(number, total) for _, number, total in told] == [(number, len(told)) for number in range(len(told))]
+
+
 def test_a_checkpoint_that_ends_in_a_norm_is_measured():
     """A layer after it saves the norm's result as ever: what the norm would compute it from is gone."""
     sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}

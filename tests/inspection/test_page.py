@@ -1,5 +1,6 @@
 """The page in a real browser: it loads, folds, filters, shows; its numbers are the JSON's; no name in it is run."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -180,13 +181,25 @@ def test_passes_filter_the_rewrites(opened, diff):
 
 def test_search_finds_source_and_operations(opened, diff):
     page = opened(diff)
-    page.fill("#search", "hidden_states.pow(2)")
-    assert page.locator(".item").count() == 0  # of a hunk, its own line is searched
-    page.fill("#search", "rsqrt")
-    titles = page.locator(".item .top span:first-child").all_inner_texts()
-    assert set(titles) == {"rms_norm", "add_rms_norm"}
+    titles = page.locator(".item .top span:first-child")
+    for text in ("rsqrt", "hidden_states.pow(2)"):  # an operation, and a line of source other than the hunk's own
+        page.fill("#search", text)
+        assert set(titles.all_inner_texts()) == {"rms_norm", "add_rms_norm"}
+    place = page.locator(".item .under").first.inner_text().rpartition(", ")[2]
+    page.fill("#search", place)
+    assert re.fullmatch(r"\w+\.py:\d+", place) and titles.count() > 0
+    assert _settled(page).locator(".band").count() > 0
     page.fill("#search", "nothing is called this")
     assert "no rewrite" in page.inner_text("#list")
+    assert _settled(page).locator(".band").count() == 0
+
+
+def test_in_a_narrow_window_a_click_shows_the_rewrite(opened, diff):
+    page = opened(diff)
+    page.set_viewport_size({"width": 420, "height": 760})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    page.locator(".item", has_text="swiglu").click()
+    assert 0 <= page.locator("#details h3").bounding_box()["y"] < 700
 
 
 def test_a_rewrite_shows_its_source_proof_and_bytes(opened, diff):
@@ -196,7 +209,8 @@ def test_a_rewrite_shows_its_source_proof_and_bytes(opened, diff):
     page.locator(".item", has_text="swiglu").click()
     text = page.inner_text("#details")
     for number in hunk.removed:
-        assert graph.nodes[number].source.code in text
+        source = graph.nodes[number].source
+        assert (source.code if source.file == hunk.source.file else f"{source.place}: {source.code}") in text
     assert f"{hunk.source.file}:{hunk.source.line}" in text
     assert f"swiglu({graph.nodes[hunk.added[0]].arguments})" in text
     assert FORMATS["error"](graph.rewrites[hunk.rewrites[0]].proof.replacement_error) in text

@@ -72,7 +72,7 @@ function cell(row, side, coarse) {
   const hunk = hunkOf(id), chosen = view.chosen && ((view.chosen.kind === "node" && view.chosen.index === id)
     || (view.chosen.kind === "hunk" && hunk && graph.hunks[view.chosen.index].like === hunk.like && sameBlockShown(hunk)));
   const hidden = (hunk?.rewrites.length && view.hidden.has(stepOf(hunk)))
-    || !matches(node.operation, node.spelled, node.module, node.name, sourceOf(node)?.code, sourceOf(node)?.file);
+    || !matches(node.operation, node.spelled, node.module, node.name, ...wordsOf(sourceOf(node)));
   const group = shape("g", { class: `cell ${chosen ? "chosen" : ""} ${hidden ? "faded" : ""}`, "data-node": id });
   group.append(shape("rect", { x, y: row.y + 1, width: WIDTH, height: ROW - 3, rx: 4, class: kind === "stays" ? (hunk?.rewrites.length ? (side === "left" && !view.overlaid ? "gone" : "came") : "node") : kind }));
   const cost = side === "left" && kind !== "came" ? node.before : node.after;
@@ -96,7 +96,7 @@ function sameBlockShown(hunk) {
 function bands(place, top, bottom) {
   const found = [];
   for (const hunk of graph.hunks) {
-    if (!hunk.rewrites.length || view.hidden.has(stepOf(hunk))) continue;
+    if (!hunk.rewrites.length || view.hidden.has(stepOf(hunk)) || !hunkMatches(hunk)) continue;
     const left = hunk.removed.map((id) => place.get(`l${id}`)).filter((y) => y !== undefined);
     const right = hunk.added.map((id) => place.get(`r${id}`)).filter((y) => y !== undefined);
     if (!left.length || !right.length) continue;

@@ -124,12 +124,16 @@ function matches(...texts) {
   return !query || texts.some((text) => (text ?? "").toLowerCase().includes(query));
 }
 
+// What a line of source can be found by.
+function wordsOf(source) {
+  return source ? [`${source.file}:${source.line}`, source.code, source.function] : [];
+}
+
 function hunkMatches(hunk) {
   if (hunk.steps.every((step) => view.hidden.has(step) || !stepsWithRewrites().includes(step))) return false;
-  const source = sourceOf(hunk);
   const nodes = [...hunk.removed, ...hunk.added].map((id) => graph.nodes[id]);
-  return matches(titleOf(hunk), hunk.module, source?.file, source?.code, source?.function,
-    ...hunk.rewrites.map((id) => graph.rewrites[id].rule), ...nodes.flatMap((node) => [node.operation, node.name]));
+  return matches(titleOf(hunk), hunk.module, ...wordsOf(sourceOf(hunk)), ...hunk.rewrites.map((id) => graph.rewrites[id].rule),
+    ...nodes.flatMap((node) => [node.operation, node.name, ...wordsOf(sourceOf(node))]));
 }
 
 function visibleHunks() {
@@ -163,7 +167,7 @@ function hunkItem(hunks) {
   return element("button", {
     class: `item ${colorOf(stepOf(hunk))}`, "aria-current": current, "data-hunk": hunk.index, onclick: () => choose("hunk", hunk.index, true),
   }, element("div", { class: "top" }, element("span", {}, titleOf(hunk)), element("span", { class: "times" }, `× ${hunks.length}`)),
-  element("div", { class: "under" }, source ? `${source.function}, ${source.file.split("/").at(-1)}:${source.line}` : hunk.module || "the call"));
+  element("div", { class: "under" }, source ? `${source.function}, ${placeOf(source)}` : hunk.module || "the call"));
 }
 
 function missItem(indices) {
@@ -174,6 +178,8 @@ function missItem(indices) {
     element("div", { class: "reason" }, `${miss.refused ? "refused by the proof: " : ""}${miss.reason}`),
     element("div", { class: "under" }, miss.source));
 }
+
+const placeOf = (source) => `${source.file.split("/").at(-1)}:${source.line}`;
 
 // The right: what is chosen -----------------------------------------------------------------------------------------------
 
@@ -217,7 +223,7 @@ function hunkDetails(index) {
     element("h3", {}, titleOf(hunk)),
     element("p", { class: "under" }, hunk.steps.join(", ")),
     element("p", { class: "under" }, source ? `${source.file}:${source.line} in ${source.function}` : "no source line"),
-    element("h2", {}, "source"), codeOf(removed, added),
+    element("h2", {}, "source"), codeOf(removed, added, source?.file),
   ];
   if (hunk.before && hunk.after) parts.push(element("h2", {}, costOfOne()), costTable(["hunks", index], "before", "after"));
   const proofs = hunk.rewrites.map((id) => [id, graph.rewrites[id]]);
@@ -233,11 +239,13 @@ function hunkDetails(index) {
   return parts;
 }
 
-function codeOf(removed, added) {
+// Lines of another file than `file` say of which.
+function codeOf(removed, added, file) {
   const lines = new Map();
   for (const node of removed) {
     const source = sourceOf(node), place = source ? node.source : node.spelled;
-    if (!lines.has(place)) lines.set(place, source ? [source.line, source.code] : ["", node.spelled]);
+    const line = source?.file === file ? [source?.line ?? "", source?.code ?? node.spelled] : ["", source ? `${placeOf(source)}: ${source.code}` : node.spelled];
+    if (!lines.has(place)) lines.set(place, line);
   }
   const line = (kind, sign, number, code) => element("div", { class: kind },
     element("span", {}, sign), element("span", { class: "number" }, String(number)), element("span", {}, code));
@@ -300,6 +308,8 @@ function choose(kind, index, reveal) {
   fillDetails();
   redraw();
   document.querySelector('.item[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
+  const isOutOfSight = $("details").getBoundingClientRect().top > innerHeight - 80; // in a window so narrow that it stands below
+  if (kind !== null && isOutOfSight) $("right").scrollIntoView({ block: "start" });
 }
 
 // Open the layer that a node stands in, or the one that stands for it, and bring the node into sight.

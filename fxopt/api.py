@@ -123,7 +123,7 @@ def inspect(
         checkpointing: whether activations are computed again in the backward.
         pipeline: the passes to run; `fxopt.passes.pipelines.EXACT` if None.
         prove: whether rewrites are proven, each distinct one once, on small real inputs.
-        on_progress: called before each step with what is done then, its number, and how many there are; of each graph.
+        on_progress: called before each step with what it is, its number, and how many there are; anew for each graph.
 
     Raises:
         ValueError: an optimized model that has not run yet, a sequence that is too long, or no such model

@@ -152,20 +152,15 @@ class _MeterOfLayers(Meter):
         elif node in (self.short.second, self.short.following):
             self._alive_before[node] = self.memory.activations - self._kept
             if node == self.short.following:
-                self._kept = self.short.num_left_out * (
-                    self._alive_before[node] - self._alive_before[self.short.second]
-                )
+                kept_by_each = self._alive_before[node] - self._alive_before[self.short.second]
+                self._kept = self.short.num_left_out * kept_by_each
                 self.memory.hold(self._kept, self.where)
 
     @property
     def are_alike(self) -> bool:
         """Whether the layers on both sides of those that were left out cost the same, and keep and free the same."""
-        short, costs, before, after = (
-            self.short,
-            self.measurement.costs,
-            self._alive_before,
-            self._alive_before_backward,
-        )
+        short, costs = self.short, self.measurement.costs
+        before, after = self._alive_before, self._alive_before_backward
         kept = before[short.following] - before[short.second]
         freed = after.get(short.following, 0) - after.get(short.second, 0)
         return (kept == freed or not after) and all(

@@ -1,6 +1,7 @@
 """What `fxopt.inspect` finds: the same as a real run, for a configuration, a model and an optimized model."""
 
 import copy
+import os
 import re
 from dataclasses import replace
 from importlib.util import find_spec
@@ -287,9 +288,11 @@ def test_a_path_is_told_without_the_machine(tmp_path):
     package.mkdir(parents=True)
     for folder in (package, package.parent):
         (folder / "__init__.py").touch()
-    assert _portable(str(package / "mine.py")) == "research/models/mine.py"
-    assert _portable(str(tmp_path / "script.py")) == "script.py"
-    assert _portable("/opt/venv/lib/python3.12/site-packages/transformers/a.py") == "transformers/a.py"
+    assert _portable(str(package / "mine.py"), os.getcwd()) == "research/models/mine.py"
+    assert _portable(str(tmp_path / "script.py"), os.getcwd()) == "script.py"
+    installed = "/opt/venv/lib/python3.12/site-packages/transformers/a.py"
+    assert _portable(installed, os.getcwd()) == "transformers/a.py"
+    assert _portable(str(tmp_path / "src" / "a.py"), str(tmp_path)) == "src/a.py"
 
 
 @pytest.mark.parametrize(("kind", "policy"), [("apertus", "bf16-islands"), ("llama", "int8")])

@@ -73,8 +73,7 @@ _INSPECTIONS = {
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    for name in ("batch", "seq"):
-        _check_size(name, getattr(options, name))
+    _check_sizes(options, "batch", "seq")
     _check_files(options, *_INSPECTIONS)
     _quiet()
     from fxopt.api import inspect
@@ -202,8 +201,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    for name in ("batch", "seq", "devices"):
-        _check_size(name, getattr(options, name))
+    _check_sizes(options, "batch", "seq", "devices")
     _check_files(options, "html", "json")
     _quiet()
     from fxopt.planning.plan import POLICIES, plan
@@ -225,9 +223,10 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if found.recommended is not None else FAILED
 
 
-def _check_size(name: str, size: int | None) -> None:
-    if size is not None and size < 1:
-        raise ValueError(f"--{name} is {size}; it takes a number from 1 on")
+def _check_sizes(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (size := getattr(options, name)) is not None and size < 1:
+            raise ValueError(f"--{name} is {size}; it takes a number from 1 on")
 
 
 def _add_doctor(commands: Any) -> None:

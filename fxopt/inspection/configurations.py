@@ -47,6 +47,8 @@ def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
         return _from_fields(fields, name)
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CONFIG_MAPPING[name]()
+    if name in CONFIG_MAPPING:
+        raise no_causal_lm(name)
     return _from_hub(name)
 
 
@@ -130,12 +132,17 @@ def _from_fields(fields: dict[str, Any], name: str) -> PretrainedConfig:
     except Exception as error:  # each model type checks its fields in its own way
         raise builds_no_model(name, error) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnknownModelError(f"{name}: {model_type} is no causal language model of transformers'")
+        raise no_causal_lm(f"{name}: {model_type}")
     for field, least in (("num_hidden_layers", 0), ("hidden_size", 1), ("vocab_size", 1), ("num_attention_heads", 1)):
         value = getattr(config.get_text_config(decoder=True), field, None)
         if isinstance(value, int) and value < least:
             raise UnknownModelError(f"{name}: {field} is {value}; it is a number from {least} on")
     return config
+
+
+def no_causal_lm(name: str) -> UnknownModelError:
+    """For a model of transformers' that is something else."""
+    return UnknownModelError(f"{name} is no causal language model of transformers'")
 
 
 def builds_no_model(name: str, error: Exception) -> UnknownModelError:
@@ -147,8 +154,6 @@ def builds_no_model(name: str, error: Exception) -> UnknownModelError:
 def _from_hub(name: str) -> PretrainedConfig:
     near = nearest_names(name)
     hint = f"; nearest: {', '.join(near)}" if near else f"; without internet: {', '.join(well_known_names())}"
-    if name in CONFIG_MAPPING:
-        raise UnknownModelError(f"{name} is no causal language model of transformers'")
     if "/" not in name:
         raise UnknownModelError(f"unknown model {name!r}{hint}; give org/name, a model type, a folder or a config.json")
     try:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from fxopt.inspection.configurations import UnknownModelError, builds_no_model, configuration_of
+from fxopt.inspection.configurations import builds_no_model, configuration_of, no_causal_lm
 from fxopt.precision.annotate import annotate
 from fxopt.precision.instance_methods import original_forwards
 from fxopt.precision.policy import Policy
@@ -59,7 +59,7 @@ def _cast_constants(model: nn.Module) -> None:
 def _of_configuration(config: PretrainedConfig, mode: FakeTensorMode) -> Any:
     """Raises UnknownModelError where transformers builds no causal LM of it."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnknownModelError(f"{config.model_type} is no causal language model of transformers'")
+        raise no_causal_lm(config.model_type)
 
     def build() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)

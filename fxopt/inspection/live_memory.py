@@ -65,11 +65,10 @@ class LiveMemory:
 
         size_bytes = storage.nbytes() if size_bytes is None else size_bytes
         self._alive[key] = Storage(weakref.ref(storage, gone), size_bytes, "activations", at)
-        self._bytes_of["activations"] += size_bytes
-        self.note_peak(at)
+        self.hold(size_bytes, at)
 
     def hold(self, size_bytes: int, at: Any) -> None:
-        """Count bytes as alive that no storage stands for; fewer than 0 take as many back."""
+        """Count bytes as alive, whether a storage stands for them or not; fewer than 0 take as many back."""
         self._bytes_of["activations"] += size_bytes
         self.note_peak(at)
 

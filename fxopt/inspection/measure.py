@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fxopt.inspection.meter import Measurement, Meter
 from fxopt.inspection.repetition import Key, Shortened, shorten
 from fxopt.rematerialize import rematerializing, users_of_cheap_results
-from fxopt.rewrite.graph import SELECTIVE, named_graph_modules, value_of
+from fxopt.rewrite.graph import SELECTIVE, as_captured, named_graph_modules, value_of
 
 
 def measure(module: fx.GraphModule) -> Measurement:
@@ -44,8 +44,10 @@ def _run(module: fx.GraphModule, meter: Meter, graph: fx.Graph | None = None) ->
         inputs = [_concrete(value_of(node)) for node in (graph or module.graph).find_nodes(op="placeholder")]
         for value in inputs:
             meter.ignore(value)
+        graphs = [graph or module.graph, *(inner.graph for inner in paths if inner is not module)]
+        again = frozenset[fx.Node]().union(*map(users_of_cheap_results, graphs))
         with torch.set_grad_enabled(grad_enabled), meter:
-            results = Interpreter(module, paths, meter, graph).run(*inputs)
+            results = Interpreter(module, paths, meter, graph, again).run(*inputs)
             losses = _losses(results)
             del results
             meter.end_forward()
@@ -56,8 +58,8 @@ def _run(module: fx.GraphModule, meter: Meter, graph: fx.Graph | None = None) ->
 def _concrete(value: Any) -> Any:
     """A fake tensor, or a number, of the size that was captured."""
     if not isinstance(value, torch.Tensor):
-        return _number(value) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
-    sizes, strides = (torch.Size([_number(n) for n in numbers]) for numbers in (value.shape, value.stride()))
+        return as_captured(value)
+    sizes, strides = (torch.Size(map(as_captured, numbers)) for numbers in (value.shape, value.stride()))
     if is_traceable_wrapper_subclass(value):
         names, context = value.__tensor_flatten__()
         inner = {name: _concrete(getattr(value, name)) for name in names}
@@ -67,10 +69,6 @@ def _concrete(value: Any) -> Any:
     if value.requires_grad:
         tensor.requires_grad_().register_post_accumulate_grad_hook(_release_gradient)
     return tensor
-
-
-def _number(value: Any) -> Any:
-    return value if isinstance(value, int) else value.node.hint
 
 
 def _release_gradient(leaf: torch.Tensor) -> None:
@@ -84,14 +82,23 @@ def _losses(results: Any) -> list[torch.Tensor]:
 
 
 class Interpreter(fx.Interpreter):
-    """Runs a graph and the graphs inside it, and tells the meter which node runs."""
+    """Runs a graph and the graphs inside it, and tells the meter which node runs.
+
+    `graph` is run in the place of the module's own; `rematerializing` are the calls to run within `rematerializing`,
+    where the module is not yet rematerialized.
+    """
 
     def __init__(
-        self, module: fx.GraphModule, paths: dict[fx.GraphModule, str], meter: Meter, graph: fx.Graph | None = None
+        self,
+        module: fx.GraphModule,
+        paths: dict[fx.GraphModule, str],
+        meter: Meter,
+        graph: fx.Graph | None = None,
+        rematerializing: frozenset[fx.Node] = frozenset(),
     ):
         super().__init__(module, graph=graph)
         self.paths, self.meter, self.path = paths, meter, paths[module]
-        self.rematerializing = users_of_cheap_results(self.graph)
+        self.rematerializing = rematerializing
 
     def run_node(self, n: fx.Node) -> Any:
         around = self.meter.node
@@ -117,8 +124,8 @@ class Interpreter(fx.Interpreter):
 
     def _runner(self, body: fx.GraphModule) -> Callable[..., Any]:
         # A new interpreter each time, and none that is held on to: each keeps some values of its last run.
-        paths, meter = self.paths, self.meter
-        return lambda *operands: Interpreter(body, paths, meter).run(*operands)
+        paths, meter, again = self.paths, self.meter, self.rematerializing
+        return lambda *operands: Interpreter(body, paths, meter, rematerializing=again).run(*operands)
 
 
 class _MeterOfLayers(Meter):

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from fxopt.rewrite.graph import SELECTIVE, inner_graphs, named_graph_modules, value_of
+from fxopt.rewrite.graph import SELECTIVE, as_captured, inner_graphs, named_graph_modules, value_of
 
 Key = tuple[str, str]  # the path of a graph, and the name of a node in it
 
@@ -218,13 +218,9 @@ def _sizes(value: Any) -> Hashable:
 
 def _size(value: Any) -> Hashable:
     if not isinstance(value, torch.Tensor):
-        return value.node.hint if hasattr(value, "node") else str(value)  # of a dynamic number
-    shape, strides = (tuple(map(_as_captured, numbers)) for numbers in (value.shape, value.stride()))
+        return str(as_captured(value))
+    shape, strides = (tuple(map(as_captured, numbers)) for numbers in (value.shape, value.stride()))
     return type(value), shape, strides, value.dtype, value.device, value.requires_grad
-
-
-def _as_captured(length: Any) -> Any:
-    return length if isinstance(length, int) else length.node.hint
 
 
 def _attribute(node: fx.Node) -> Any:

@@ -45,6 +45,11 @@ def tensor_of(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def as_captured(number: Any) -> Any:
+    """A size, or another number, that may be dynamic, as it was captured with; None where it depends on data."""
+    return number.node.hint if isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) else number
+
+
 def shape_of(node: Any) -> tuple[Any, ...]:
     """The shape of the tensor a node yields (dynamic sizes are SymInts), `()` where it is not a tensor."""
     value = tensor_of(node)

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxopt.rewrite.graph import (
     SourceLine,
+    as_captured,
     module_path,
     named_graph_modules,
     readable_name,
@@ -57,7 +58,7 @@ def snapshot(root: fx.GraphModule) -> tuple[NodeRow, ...]:
 def _row(node: fx.Node, graph: str) -> NodeRow:
     value = tensor_of(node)
     dtype = str(value.dtype).removeprefix("torch.") if value is not None else ""
-    shape = tuple(_as_captured(length) for length in value.shape) if value is not None else ()
+    shape = tuple(as_captured(length) or 0 for length in value.shape) if value is not None else ()
     return NodeRow(
         name=node.name,
         operation=target_name(node),
@@ -91,10 +92,6 @@ def _text(value: object) -> str:
     if isinstance(value, slice):
         return f"slice({', '.join(map(_text, (value.start, value.stop, value.step)))})"
     return repr(value)
-
-
-def _as_captured(length: int | torch.SymInt) -> int:
-    return length if isinstance(length, int) else length.node.hint or 0  # None: it depends on data
 
 
 def _size_bytes(value: torch.Tensor, shape: tuple[int, ...]) -> int:

@@ -30,6 +30,9 @@ from fxopt.kernels import (
     interval_attention,
     layer_norm,
     linear_cross_entropy,
+    linear_head,
+    linear_log_prob,
+    log_prob_rows,
     relu_squared,
     rms_norm,
     rope,
@@ -53,7 +56,11 @@ CONTIGUOUS = {"gate_col_stride": 1, "up_col_stride": 1}  # a launch makes a stri
 ROPE = {"HALF": HEAD_DIM // 2, "ROWS": 32, "BLOCK": 32, "DTYPE": FLOAT32}
 ROPE |= {"X_PAIRS": False, "Y_PAIRS": False, "TABLE_PAIRS": False, "TABLE_WIDE": True}  # as in Llama
 LOSS_OPTIONS = {name.upper(): value for name, value in linear_cross_entropy._Options()._asdict().items()}
-SOFTMAX = {"BLOCK": linear_cross_entropy.BLOCK, "DTYPE": FLOAT32, "num_warps": 8} | LOSS_OPTIONS
+ROWS_OF_LOGITS = {"BLOCK": linear_head.BLOCK, "DTYPE": FLOAT32, "num_warps": 8}
+SOFTMAX = ROWS_OF_LOGITS | LOSS_OPTIONS
+LOG_PROB = ROWS_OF_LOGITS | {name.upper(): value for name, value in log_prob_rows.LogitOptions()._asdict().items()}
+NUMBERS_OF_ROWS = ("log_prob", "entropy", "logsumexp", "maximum", "total", "mass", "at_label", "slope")
+OF_ROWS = {"labels_ptr": "*i64", "is_top_ptr": "*i8"} | {f"{name}_ptr": "*fp32" for name in NUMBERS_OF_ROWS}
 
 # name -> kernel, constants, and pointers to another type than the tensors'
 KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
@@ -91,6 +98,14 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
         linear_cross_entropy._softmax_rows_kernel,
         SOFTMAX | {"HAS_SCALES": True},
         {"labels_ptr": "*i64", "scales_ptr": "*fp32", "losses_ptr": "*fp64"},
+    ),
+    "linear_log_prob": (log_prob_rows._log_prob_fwd_kernel, LOG_PROB | {"HAS_ENTROPY": False}, OF_ROWS),
+    "linear_log_prob with entropy": (log_prob_rows._log_prob_fwd_kernel, LOG_PROB | {"HAS_ENTROPY": True}, OF_ROWS),
+    "linear_log_prob backward": (log_prob_rows._log_prob_bwd_kernel, LOG_PROB | {"HAS_SLOPE": False}, OF_ROWS),
+    "linear_log_prob with entropy backward": (
+        log_prob_rows._log_prob_bwd_kernel,
+        LOG_PROB | {"HAS_SLOPE": True},
+        OF_ROWS,
     ),
 }
 
@@ -180,7 +195,29 @@ def cases(tokens: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]
         },
         "linear_cross_entropy": (*loss, [x, head, labels]),
         "linear_cross_entropy, 60 % ignored": (*loss, [x, head, masked]),
+        "linear_log_prob": (fused_log_prob, eager_log_prob, [x, head, labels]),
+        "linear_log_prob, entropy": (fused_log_prob_and_entropy, eager_log_prob_and_entropy, [x, head, labels]),
     }
+
+
+def fused_log_prob(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return linear_log_prob.linear_log_prob(hidden, weight, labels).log_prob
+
+
+def fused_log_prob_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    log_prob, entropy, *_ = linear_log_prob.linear_log_prob(hidden, weight, labels, with_entropy=True)
+    assert entropy is not None
+    return log_prob, entropy
+
+
+def eager_log_prob(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    log_probs = torch.nn.functional.linear(hidden, weight).float().log_softmax(-1)
+    return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def eager_log_prob_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs = torch.nn.functional.linear(hidden, weight).float().log_softmax(-1)
+    return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
 
 
 def eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

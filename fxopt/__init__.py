@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxopt.api import inspect, optimize, optimizer, report, restore, verify
     from fxopt.diagnosis.doctor import doctor
+    from fxopt.log_probs import token_log_probs
     from fxopt.planning.plan import plan
     from fxopt.precision.annotate import annotate
     from fxopt.precision.footprint import footprint
     from fxopt.precision.monitor import monitor
+    from fxopt.precision.optimizer import Optimizer
     from fxopt.precision.policy import Policy, PolicyError, Precision, Selector
     from fxopt.precision.presets import policies
 
@@ -28,16 +30,19 @@ _MODULE_OF_NAME = {
     "doctor": "fxopt.diagnosis.doctor",
     "annotate": "fxopt.precision.annotate",
     "monitor": "fxopt.precision.monitor",
+    "Optimizer": "fxopt.precision.optimizer",
     "Policy": "fxopt.precision.policy",
     "PolicyError": "fxopt.precision.policy",
     "Precision": "fxopt.precision.policy",
     "Selector": "fxopt.precision.policy",
     "footprint": "fxopt.precision.footprint",
+    "token_log_probs": "fxopt.log_probs",
     "plan": "fxopt.planning.plan",
     "policies": "fxopt.precision.presets",
 }
 
 __all__ = [
+    "Optimizer",
     "Policy",
     "PolicyError",
     "Precision",
@@ -53,6 +58,7 @@ __all__ = [
     "policies",
     "report",
     "restore",
+    "token_log_probs",
     "verify",
 ]
 

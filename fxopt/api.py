@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from fxopt.capture import Backend, OptimizedForward, Settings
+from fxopt.entries import find_entry, optimize_entries, replacement_of
 from fxopt.inspection.diff import GraphDiff
 from fxopt.inspection.inspector import inspect_model, inspect_optimized
 from fxopt.precision.annotate import annotate, policy_of
+from fxopt.precision.instance_methods import original_forwards
 from fxopt.precision.optimizer import Optimizer
 from fxopt.precision.optimizer import optimizer as _optimizer
 from fxopt.precision.policy import Policy
+from fxopt.precision.stepping import stepped_by
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
 from fxopt.verification import Verification
@@ -41,10 +44,11 @@ def optimize(
 ) -> ModelT:
     """Prepare `model` for training, in place, and return it.
 
-    Its parameters are stored as `policy` says, and calls with `labels` run through graphs that `pipeline` has
-    rewritten. Everything else, generation, saving, copying, the training loop, stays as it was; so does the result
-    of a call, except that it holds no key-value cache and computes its logits when they are first read. Calling it
-    again, with another policy or other options, starts over from the model's original forward.
+    Its parameters are stored as `policy` says, and calls that train it run through graphs that `pipeline` has
+    rewritten: calls with `labels`, and those that are differentiated, whether the model is called or a Hugging Face
+    model inside it, such as its backbone. Everything else, generation, saving, copying, the training loop, stays as it
+    was; so does the result of a call, except that it holds no key-value cache and computes its logits when a value of
+    them is read. Calling it again, with another policy or other options, starts over from the original forward.
 
     Args:
         policy: the name of a preset (`fxopt.policies()`, or "auto") or a `Policy`. None: the model's own, from an
@@ -64,27 +68,27 @@ def optimize(
     settings = Settings("", backend, pipeline, prove)  # wrong options are refused before anything is changed
     annotate(model, policy, emulate=emulate)
     settings = replace(settings, policy=cast(Policy, policy_of(model)).name)
-    restore(model)
-    model.forward = OptimizedForward(model, settings, replaced=model.__dict__.get("forward"))
+    optimize_entries(model, settings)
     return model
 
 
 def restore(model: ModelT) -> ModelT:
     """Give `model` its original forward back, in place. Its parameters keep the policy's dtypes."""
-    forward = model.__dict__.get("forward")
-    if isinstance(forward, OptimizedForward):
-        del model.__dict__["forward"]
-        if forward.replaced is not None:
-            model.forward = forward.replaced
+    original_forwards(model)
     return model
 
 
 def report(model: nn.Module) -> Report:
-    """What optimizing `model` did so far. Graphs are captured by the first training call.
+    """What optimizing `model` did so far, also if it is wrapped since. Graphs are captured by the first training call.
 
-    Raises ValueError if the model is not optimized.
+    Raises ValueError if the model is not optimized, or holds several that are.
     """
-    return _optimized_forward(model).report
+    forward = _optimized_forward(model)
+    found = forward.report
+    found.forward_replaced = replacement_of(forward)
+    if (stepped := stepped_by(forward.model)) is not None:
+        found.optimizer, found.optimizer_warning = stepped.optimizer, stepped.warning
+    return found
 
 
 def verify(model: nn.Module, *batches: Mapping[str, Any]) -> Verification:
@@ -130,7 +134,7 @@ def inspect(
             (`UnknownModelError`).
         PolicyError: the policy is unknown, or does not fit.
     """
-    if isinstance(model, nn.Module) and (forward := _find_optimized_forward(model)) is not None:
+    if isinstance(model, nn.Module) and (forward := find_entry(model)) is not None:
         return inspect_optimized(forward, prove, on_progress)
     return inspect_model(
         model,
@@ -152,18 +156,7 @@ def optimizer(model: nn.Module, lr: float | torch.Tensor = 1e-3, **options: Any)
 
 def _optimized_forward(model: nn.Module) -> OptimizedForward:
     """The optimized forward of `model`, or of the one model that it wraps (PEFT, DDP, …)."""
-    forward = _find_optimized_forward(model)
+    forward = find_entry(model)
     if forward is None:
         raise ValueError(f"this {type(model).__name__} is not optimized; call fxopt.optimize(model) first")
     return forward
-
-
-def _find_optimized_forward(model: nn.Module) -> OptimizedForward | None:
-    for module in model.modules():
-        # accelerate wraps an instance's forward once more, and keeps the old one beside it.
-        for forward in (module.__dict__.get("forward"), module.__dict__.get("_original_forward")):
-            while forward is not None and not isinstance(forward, OptimizedForward):
-                forward = getattr(forward, "__wrapped__", None)
-            if forward is not None:
-                return forward
-    return None

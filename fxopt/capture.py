@@ -1,16 +1,19 @@
-"""The optimized forward of a model: captured by Dynamo, rewritten by passes, falling back to the original.
+"""One way into a model: captured by Dynamo, rewritten by passes, falling back to the original.
 
-An optimized model differs from the original in one instance attribute, `forward`, an `OptimizedForward`. Its class,
-its parameters and its state-dict keys are untouched, and nothing outside the model is patched.
+A model may be entered in several places, by its own forward or by that of a backbone inside it. Each has an
+`OptimizedForward`, which `fxopt/entries.py` puts into the module's way; those of one model share an `Optimization`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import logging
+import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,12 +26,14 @@ from torch import fx, nn
 from torch._guards import CompileContext
 from torch.utils.checkpoint import checkpoint
 
-from fxopt.deferred_logits import defer_marked_outputs, reveal_on_touch
+from fxopt.deferred_logits import defer_marked_outputs
 from fxopt.error_lines import in_a_line
 from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
+from fxopt.precision.adapters import prepare_dora, warn_about_torchao_layers
 from fxopt.precision.boundaries import has_boundaries
+from fxopt.progress import announced
 from fxopt.rematerialize import rematerialize
 from fxopt.rewrite.graph import SELECTIVE, graph_modules
 from fxopt.rewrite.pipeline import Observer, PassRecord, Pipeline
@@ -36,7 +41,16 @@ from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.report import GraphRecord, Report
 from fxopt.rewrite.snapshot import snapshot
 from fxopt.rewrite.structured_trace import trace_graph
-from fxopt.training_call import as_captured, kind_of, mark_dynamic, named_arguments, why_not_covered
+from fxopt.training_call import (
+    LABELS,
+    NOT_DIFFERENTIATED,
+    as_captured,
+    is_autocast,
+    kind_of,
+    mark_dynamic,
+    named_arguments,
+    why_not_covered,
+)
 
 logger = logging.getLogger("fxopt")
 
@@ -59,77 +73,187 @@ class Settings:
 
 @dataclass(frozen=True)
 class CapturedCall:
-    """A call that graphs were captured for: its arguments, tensors without their values, and the modes it ran in."""
+    """A call that graphs were captured for: its arguments, tensors without their values, and the modes it ran in.
+
+    `entry` is the module that was called, by its name in the model.
+    """
 
     arguments: dict[str, Any]
     training: bool
     grad_enabled: bool
+    entry: str = ""
+
+
+class Optimization:
+    """What the ways into one optimized model share: how it is optimized, and what that did so far.
+
+    A copy, or what is unpickled, has the settings and a report of its own.
+    """
+
+    def __init__(self, model: str, settings: Settings):
+        self.settings = settings
+        self.report = Report(model, settings.policy)
+        self.prover = Prover() if settings.prove else None
+        self.kinds: dict[Hashable, int] = {}  # the number of each kind of call, in the report
+        self.calls: list[CapturedCall] = []  # one of each kind
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimization:
+        return Optimization(self.report.model, self.settings)
+
+    def __reduce__(self) -> Any:
+        return Optimization, (self.report.model, self.settings)
+
+
+class _Running(threading.local):
+    """What this thread is in the middle of. Another may compile, or run another model, at the same time."""
+
+    captured = False  # a call that is captured, or runs through its graphs: who is called inside is part of it
+    originals = 0  # calls that run the original forward: who is called inside is not counted apart
+
+
+_running = _Running()
+
+
+def is_inside_captured_call() -> bool:
+    return _running.captured
+
+
+@contextlib.contextmanager
+def original_throughout() -> Iterator[None]:
+    """In this context models run their original code as a whole, the modules inside them included."""
+    before, _running.captured = _running.captured, True
+    try:
+        yield
+    finally:
+        _running.captured = before
 
 
 class OptimizedForward:
-    """Runs the calls that train a model through rewritten graphs, and every other call as before."""
+    """Runs the calls that train a module through rewritten graphs, and every other call as before.
 
-    def __init__(self, model: nn.Module, settings: Settings, replaced: Any = None):
+    `replaced` is the attribute `forward` that the module's instance had before, if any; `name` is the module's in the
+    model whose `optimization` this is part of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        replaced: Any = None,
+        optimization: Optimization | None = None,
+        name: str = "",
+    ):
         # While a model is unpickled this runs before the model has any attribute.
         self.model = model
         self.settings = settings
-        self.replaced = replaced  # an instance attribute `forward` that was there before, if any
-        self.report = Report(type(model).__name__, settings.policy)
-        functools.update_wrapper(self, type(model).forward)
-        self.__wrapped__ = type(model).forward.__get__(model) if replaced is None else replaced
-        self._signature = inspect.signature(self.__wrapped__)
-        self._prover = Prover() if settings.prove else None
+        self.replaced = replaced
+        self.optimization = optimization or Optimization(type(model).__name__, settings)
+        self.name = name
+        self.original: Callable[..., Any] = type(model).forward.__get__(model) if replaced is None else replaced
+        self.signature = inspect.signature(self.original)
         self._compiled: dict[Hashable, Callable[..., Any]] = {}  # by kind of call
-        self._numbers: dict[Hashable, int] = {}  # of the kinds of call, in the report
         self._in_pieces: set[Hashable] = set()  # kinds of call whose graphs break where sizes depend on data
         self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
-        self._graphs_run = 0
+        self._graphs_run: list[GraphRecord] = []  # by the call that runs now
         self._has_boundaries = False
-        self.calls: list[CapturedCall] = []  # one of each kind
         self.observe: Observer | None = None  # sees each graph before the passes, after each, and as it runs
         self.runner: Callable[[fx.GraphModule], Callable[..., Any]] = lambda module: module.forward
 
     @property
-    def original(self) -> Callable[..., Any]:
-        """The forward that this one stands for."""
-        return self.__wrapped__
+    def report(self) -> Report:
+        return self.optimization.report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.original(*args, **kwargs)  # somebody compiles around us: let them see the model
-        call = named_arguments(self._signature, args, kwargs)
-        reason = why_not_covered(self.model, call)
-        if reason or call is None:
-            self.report.uncovered[reason] += 1
+        if _running.captured:
             return self.original(*args, **kwargs)
-        captured = as_captured(self.model, self._signature, call)
+        if not (args or torch.is_grad_enabled() or any(kwargs.get(name) is not None for name in LABELS)):
+            with original_throughout():
+                return self._run_original(args, kwargs, NOT_DIFFERENTIATED)
+        call = named_arguments(self.signature, args, kwargs)
+        reason = why_not_covered(self.model, call)
+        if call is None:  # by a wrapper, perhaps: what it calls is looked at by itself
+            return self._run_original(args, kwargs, reason)
+        if reason:
+            with original_throughout():  # what the caller wants of the model, the modules inside it must give
+                return self._run_original(args, kwargs, reason)
+        captured = as_captured(self.model, self.signature, call)
         kind = kind_of(self.model, captured)
         if kind in self._disabled:
-            self.report.fallbacks[self._disabled[kind]] += 1
-            return self.original(*args, **kwargs)
-        known_breaks, graphs_run = len(torch._dynamo.utils.graph_break_reasons), self._graphs_run
+            return self._fall_back(args, kwargs, self._disabled[kind])
+        known_breaks = len(torch._dynamo.utils.graph_break_reasons)
+        self._graphs_run.clear()
         # A first call may fail after some of its graphs have run: then the next attempt starts where this one did.
         state = ModelState(self.model) if kind not in self._compiled else None
         if state is not None:
-            self.calls.append(_without_values(captured, self.model.training))
+            self.optimization.calls.append(_without_values(captured, self.model.training, self.name))
+            self._look_at_autocast()
+            prepare_dora(self.model)
+            warn_about_torchao_layers(self.model)
         try:
-            outputs = self._run_captured(kind, captured, state)
+            with announced(self._announcement() if state is not None else None):
+                outputs = self._run_captured(kind, captured, state)
         except Exception as error:
             # Whatever the reason, the original must run now; if the call itself is at fault, it says so better.
             if state is not None:
                 state.give_back()
-            outputs = self.original(*args, **kwargs)
+            outputs = self._run_original(args, kwargs, "")
             self._disabled[kind] = in_a_line(error)
-            self.report.fallbacks[self._disabled[kind]] += 1
-            logger.warning("a call of %s is not optimized: %s", self.report.model, self._disabled[kind])
+            self._count_fallback(self._disabled[kind])
             return outputs
-        if state is not None and not any(graph.kind == self._numbers[kind] for graph in self.report.graphs):
+        number = self.optimization.kinds[kind_key(self.name, kind)]
+        if state is not None and not any(graph.kind == number for graph in self.report.graphs):
             self._disabled[kind] = "Dynamo captured no graph"
-            self.report.fallbacks[self._disabled[kind]] += 1
-        elif self._graphs_run == graphs_run:
-            self.report.fallbacks[_TOO_MANY] += 1
+            self._count_fallback(self._disabled[kind])
+        elif not self._graphs_run:
+            self._count_fallback(_TOO_MANY)
+        else:
+            self.report.note_call(self.name, number, self._graphs_run)
         self._note_graph_breaks(known_breaks)
-        return reveal_on_touch(outputs)
+        return outputs
+
+    def _run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+        """The original forward, for a `reason` that is counted unless it runs inside another's."""
+        if reason and not _running.originals:
+            self.report.uncovered[reason] += 1
+        _running.originals += 1
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            _running.originals -= 1
+
+    def _fall_back(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+        if not _running.originals:
+            self.report.fallbacks[reason] += 1
+        return self._run_original(args, kwargs, "")
+
+    def _count_fallback(self, reason: str) -> None:
+        if _running.originals:
+            return  # whoever called has said so
+        if reason not in self.report.fallbacks:
+            logger.warning(
+                "fxopt: this kind of call of %s is not optimized, and runs its original forward: %s\n"
+                "  It trains as before. fxopt.report(model) counts such calls; if the model's code is yours, what the "
+                "reason names is what to change.",
+                type(self.model).__name__,
+                reason,
+            )
+        self.report.fallbacks[reason] += 1
+
+    def _announcement(self) -> str:
+        first = not self.report.graphs
+        name = f"{self.report.model}{f'.{self.name}' if self.name else ''}"
+        return f"capturing and checking {name} for its first call{'' if first else ' of another kind'}"
+
+    def _look_at_autocast(self) -> None:
+        if is_autocast() and not self.report.autocast:
+            self.report.autocast = True
+            warnings.warn(
+                f"{self.report.model} is called under autocast, beside fxopt's policy {self.settings.policy!r}, which "
+                "has chosen the precision already: autocast casts once more in each call, and the output is converted "
+                "to float32. Turn it off: bf16=False and fp16=False in TrainingArguments (TRL turns bf16 on by "
+                "itself), mixed_precision='no' in Accelerator, precision='32-true' in Lightning",
+                stacklevel=4,
+            )
 
     def capture(self, call: dict[str, Any]) -> Any:
         """Capture the graphs of `call`, in the form that `calls` has them, and run them, for who only looks at them.
@@ -138,10 +262,14 @@ class OptimizedForward:
         """
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
         mark_dynamic(call)
+        self._graphs_run.clear()
+        kind = kind_of(self.model, call)
         try:
-            return self._run_captured(kind_of(self.model, call), call, None)
+            outputs = self._run_captured(kind, call, None)
         finally:
             self._note_graph_breaks(known_breaks)
+        self.report.note_call(self.name, self.optimization.kinds[kind_key(self.name, kind)], self._graphs_run)
+        return outputs
 
     def _note_graph_breaks(self, known: int) -> None:
         for graph_break in torch._dynamo.utils.graph_break_reasons[known:]:
@@ -149,10 +277,13 @@ class OptimizedForward:
 
     def why_not_covered(self, batch: Mapping[str, Any]) -> str:
         """Why calls with `batch` run the original forward, or ''."""
-        call = named_arguments(self._signature, (), dict(batch))
-        return why_not_covered(self.model, call)
+        return why_not_covered(self.model, named_arguments(self.signature, (), dict(batch)))
 
     def _run_captured(self, kind: Hashable, call: dict[str, Any], state: ModelState | None) -> Any:
+        with original_throughout():
+            return self._through_graphs(kind, call, state)
+
+    def _through_graphs(self, kind: Hashable, call: dict[str, Any], state: ModelState | None) -> Any:
         """The call through its graphs: with sizes that depend on data inside them, or where that fails without."""
         if kind not in self._compiled:
             self._has_boundaries = has_boundaries(self.model)
@@ -184,7 +315,9 @@ class OptimizedForward:
     def _graphs_for(self, kind: Hashable) -> Callable[..., Any]:
         """What runs calls of one kind. Each kind has a part of Dynamo's cache for itself, since that is small."""
         if kind not in self._compiled:
-            backend = functools.partial(_weakly(self._backend), self._numbers.setdefault(kind, len(self._numbers)))
+            kinds = self.optimization.kinds
+            number = kinds.setdefault(kind_key(self.name, kind), len(kinds))
+            backend = functools.partial(_weakly(self._backend), number)
             self._compiled[kind] = torch.compile(_own_code(_captured_call), backend=backend, **_ISOLATED)
         return self._compiled[kind]
 
@@ -194,8 +327,8 @@ class OptimizedForward:
             self.observe("captured", module)
         start = time.perf_counter()
         before = snapshot(module)
-        passes = (self.settings.pipeline or EXACT).run(module, self._prover, self.observe)
-        wrap = defer_marked_outputs(module, on_touch=_weakly(self._count_logits))
+        passes = (self.settings.pipeline or EXACT).run(module, self.optimization.prover, self.observe)
+        wrap = defer_marked_outputs(module, on_read=_weakly(self._count_logits))
         elapsed_ms = 1e3 * (time.perf_counter() - start)
         if self.observe is not None:
             self.observe("defer_logits", module)
@@ -206,34 +339,41 @@ class OptimizedForward:
             from torch._inductor.compile_fx import compile_fx
 
             compiled: Any = compile_fx(module, example_inputs)
-            return wrap(self._counted(compiled))
+            return wrap(self._counted(compiled, record))
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
         _checkpoint_eagerly(module)
         rematerialize(module)
-        return wrap(self._counted(self.runner(module)))
+        return wrap(self._counted(self.runner(module), record))
 
-    def _counted(self, graph: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, graph: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:
         count = _weakly(self._count_run)
 
         def run(*args: Any) -> Any:
-            count()
+            count(record)
             return graph(*args)
 
         return run
 
-    def _count_run(self) -> None:
-        self._graphs_run += 1
+    def _count_run(self, record: GraphRecord) -> None:
+        self._graphs_run.append(record)
 
     def _count_logits(self) -> None:
         self.report.logits_computed += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedForward:
-        model = copy.deepcopy(self.model, memo)
-        return OptimizedForward(model, self.settings, copy.deepcopy(self.replaced, memo))
+        model, replaced, optimization = copy.deepcopy((self.model, self.replaced, self.optimization), memo)
+        return OptimizedForward(model, self.settings, replaced, optimization, self.name)
 
     def __reduce__(self) -> Any:
-        return OptimizedForward, (self.model, self.settings, self.replaced)
+        from fxopt.entries import enter
+
+        return enter, (self.model, self.settings, self.replaced, self.optimization, self.name)
+
+
+def kind_key(name: str, kind: Hashable) -> Hashable:
+    """A kind of call among those of all ways into a model."""
+    return name, kind
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -248,20 +388,30 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _captured_call(forward: Callable[..., Any], call: dict[str, Any]) -> Any:
-    """What Dynamo traces: the model's forward, with the logits that it returns marked."""
+    """What Dynamo traces: the model's forward, with the logits that it returns marked, in every kind of output."""
     outputs = forward(**call)
-    logits = getattr(outputs, "logits", None)
-    if logits is not None and getattr(outputs, "loss", None) is not None:
-        outputs.logits = deferred(logits)
+    if isinstance(outputs, dict):
+        if isinstance(outputs.get("logits"), torch.Tensor):
+            outputs["logits"] = deferred(outputs["logits"], outputs.get("loss") is not None)
+    elif isinstance(outputs, tuple):
+        has_loss = any(isinstance(value, torch.Tensor) and value.ndim == 0 for value in outputs)
+        values = [
+            deferred(value, has_loss) if isinstance(value, torch.Tensor) and value.ndim > 1 else value
+            for value in outputs
+        ]
+        outputs = type(outputs)(*values) if hasattr(outputs, "_fields") else tuple(values)
+    elif isinstance(getattr(outputs, "logits", None), torch.Tensor):
+        marked = deferred(outputs.logits, getattr(outputs, "loss", None) is not None)
+        object.__setattr__(outputs, "logits", marked)  # of a frozen dataclass, too
     return outputs
 
 
-def _without_values(call: dict[str, Any], training: bool) -> CapturedCall:
+def _without_values(call: dict[str, Any], training: bool, entry: str) -> CapturedCall:
     arguments = {
         name: torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
         for name, value in call.items()
     }
-    return CapturedCall(arguments, training, torch.is_grad_enabled())
+    return CapturedCall(arguments, training, torch.is_grad_enabled(), entry)
 
 
 def _checkpoint_eagerly(module: fx.GraphModule) -> None:

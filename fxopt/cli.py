@@ -194,6 +194,13 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--batch", type=int, metavar="ROWS", help="on each device (1; with --memory the most that fit)")
     parser.add_argument("--policy", metavar="A,B", help="presets or policy files (the most common presets)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="shard over N of them (%(default)s)")
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="batches of a step, their gradients summed (%(default)s)",
+    )
     parser.add_argument("--accuracy", default="normal", help="critical, normal or tolerant (%(default)s)")
     parser.add_argument("--html", metavar="FILE", help="write a page with bars that opens from disk")
     parser.add_argument("--json", metavar="FILE", help="write everything")
@@ -201,7 +208,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    _check_sizes(options, "batch", "seq", "devices")
+    _check_sizes(options, "batch", "seq", "devices", "accumulate")
     _check_files(options, "html", "json")
     _quiet()
     from fxopt.planning.plan import POLICIES, plan
@@ -216,6 +223,7 @@ def _plan(options: argparse.Namespace) -> int:
             sequence_length=options.seq,
             memory=options.memory,
             num_devices=options.devices,
+            num_micro_batches=options.accumulate,
             accuracy=options.accuracy,
             on_progress=show,
         )

@@ -1,76 +1,216 @@
-"""Logits that are computed when somebody touches them.
+"""Logits that are computed when somebody reads them.
 
-A fused loss never holds the logits, and most training code never reads them. A captured call therefore returns,
-where the logits belong, what is needed to compute them: the hidden states before the output head and the nodes
-from there on. The model's output object computes them on first access, gradient included.
+A fused loss never holds the logits, and most training code never reads them. A captured call therefore returns, where
+the logits belong, a `DeferredTensor` of them: what it needs to compute them is the hidden states before the output head
+and the nodes from there on. Its place in the autograd graph is that of real logits, above the hidden states.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxopt.deferred_tensor import DeferredTensor
+from fxopt.output_head import OutputHead, head_in, nodes_of_head
 from fxopt.passes.separate_logits import deferred
-from fxopt.rewrite.graph import remove_dead_code
+from fxopt.rewrite.graph import dtype_of, remove_dead_code, shape_of, value_of
 
 
-class DeferredValue:
-    """A value of a captured graph that is not computed yet, with the inputs and the modes that it needs."""
+class HeadInputs:
+    """What the logits of one call are computed from: the end of the call's graph, and its inputs' values.
 
-    def __init__(self, compute: Callable[..., torch.Tensor], inputs: tuple[Any, ...], on_touch: Callable[[], None]):
-        self._compute, self._inputs, self._on_touch = compute, inputs, on_touch
-        self._grad_enabled = torch.is_grad_enabled()
-        device = next(value for value in inputs if isinstance(value, torch.Tensor)).device.type
+    `head` says what that end computes, where it is an output head and little else; None where it is something else.
+    """
+
+    def __init__(self, part: _Part, inputs: tuple[Any, ...], on_read: Callable[[], None]):
+        self.head, self.is_beside_loss = part.head, part.is_beside_loss
+        self._compute, self._on_read = part.compute, on_read
+        # Without their history: the gradient goes through the node that holds this, and hooks on the logits see it.
+        self.inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+        device = next(value for value in inputs if isinstance(value, Tensor)).device.type
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         self._marks = [_mark(value) for value in self._tensors()]
+        self._logits: Tensor | None = None
+        self._leaves: list[Tensor] = []
 
-    def __call__(self) -> torch.Tensor:
-        """The value, as it would have been computed in the call.
+    def logits(self, wanted: Sequence[bool] = ()) -> Tensor:
+        """The logits, as they would have been computed in the call; `wanted`: which inputs a gradient is wanted of.
 
-        Raises RuntimeError if an input has been written to since, as an optimizer does: the value is lost then.
+        Raises RuntimeError if an input was written to or freed since.
         """
-        for value, (version, sample) in zip(self._tensors(), self._marks, strict=True):
-            if value._version != version or not torch.equal(_sample(value), sample):
+        if self._logits is None:
+            self.check()
+            self._on_read()
+            with self.as_in_the_call(grad_enabled=any(wanted)):
+                inputs = list(self.inputs)
+                for index, is_wanted in enumerate(wanted):
+                    if is_wanted:
+                        inputs[index] = self.inputs[index].detach().requires_grad_()
+                        self._leaves.append(inputs[index])
+                self._logits = self._compute(*inputs)
+        return self._logits
+
+    @contextlib.contextmanager
+    def as_in_the_call(self, grad_enabled: bool) -> Iterator[None]:
+        """The modes of the call. Whoever reads a value may do it below autograd: past autocast, and unrecorded."""
+        device, dtype, enabled = self._autocast
+        with (
+            torch._C._ForceDispatchKeyGuard(*self._keys),
+            torch.set_grad_enabled(grad_enabled),
+            torch.autocast(device, dtype, enabled),
+        ):
+            yield
+
+    def computes_in(self, dtype: torch.dtype) -> bool:
+        """Whether a matrix product of this dtype was one in the call, too: autocast may have made it another."""
+        _, autocast_dtype, enabled = self._autocast
+        return not enabled or autocast_dtype == dtype
+
+    def gradients(self, gradient: Tensor, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
+        """Those of the inputs, from that of the logits."""
+        logits = self.logits(wanted)
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        found = iter(torch.autograd.grad(logits, self._leaves, gradient, retain_graph=keep, allow_unused=True))
+        return (next(found) if is_wanted else None for is_wanted in wanted)
+
+    def check(self) -> None:
+        """RuntimeError if what the logits are computed from is no longer what it was in the call."""
+        for value, (version, samples) in zip(self._tensors(), self._marks, strict=True):
+            if any(part.numel() and not part.untyped_storage().nbytes() for part in _parts(value)):
+                raise RuntimeError(
+                    "the logits of this output were not computed in the forward call, and the output head's weight "
+                    "was sharded again since: call fully_shard with reshard_after_forward=False for the module that "
+                    "holds the head, or read a value of `outputs.logits` inside its forward"
+                )
+            same = value._version == version and all(map(torch.equal, _samples(value), samples))
+            if not same:
                 raise RuntimeError(
                     "the logits of this output were not computed in the forward call, and the parameters have changed "
                     "since; read `outputs.logits` before `optimizer.step()`"
                 )
-        self._on_touch()
-        device, dtype, enabled = self._autocast
-        with torch.set_grad_enabled(self._grad_enabled), torch.autocast(device, dtype, enabled):
-            return self._compute(*self._inputs)
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        return (value for value in self._inputs if isinstance(value, torch.Tensor) and not value.is_inference())
+    def _tensors(self) -> Iterator[Tensor]:
+        return (value for value in self.inputs if isinstance(value, Tensor) and not value.is_inference())
+
+
+class FactoredGradient(ABC):
+    """The `source` of a gradient of deferred logits that knows those of what they are computed from by itself."""
+
+    logits_from: HeadInputs
+
+    @abstractmethod
+    def gradients(self, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
+        """The gradients of `logits_from.inputs`; None for those that are not wanted."""
 
 
 NUM_SAMPLES = 4096
 
 
-def _mark(value: torch.Tensor) -> tuple[int, torch.Tensor]:
+def _mark(value: Tensor) -> tuple[int, list[Tensor]]:
     """What tells whether a tensor was written to. Its version does not, where a fused optimizer or `.data` wrote."""
-    return value._version, _sample(value).clone()
+    return value._version, [sample.clone() for sample in _samples(value)]
 
 
-def _sample(value: torch.Tensor) -> torch.Tensor:
-    if not isinstance(value, torch.nn.Parameter):
-        return value.detach().new_empty(0)
-    flat = value.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // NUM_SAMPLES)]
+def _samples(value: Tensor) -> list[Tensor]:
+    """Some of a matrix's numbers. An activation, which has more axes, is written to by nobody's optimizer."""
+    flat = [part.reshape(-1) for part in _parts(value) if part.ndim <= 2]
+    return [part[:: max(1, part.numel() // NUM_SAMPLES)] for part in flat]
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    """The plain tensors that a quantized one is made of."""
+    value = value.detach()
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+
+
+class _Defer(torch.autograd.Function):
+    """Makes the deferred logits of some inputs, and gives their gradient back to these."""
+
+    @staticmethod
+    def forward(ctx: Any, source: HeadInputs, like: tuple[Any, ...], *inputs: Any) -> DeferredTensor:
+        ctx.source, wanted = source, ctx.needs_input_grad[2:]
+        ctx.set_materialize_grads(False)
+        shape, dtype, device = like
+        return DeferredTensor(lambda: source.logits(wanted).detach(), shape, dtype, device, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the logits of an optimized call can be differentiated only once, and create_graph=True asks for more: "
+                "use fxopt.restore(model) there"
+            )
+        wanted = ctx.needs_input_grad[2:]
+        if gradient is None:
+            return None, None, *(None for _ in wanted)
+        if (
+            isinstance(gradient, DeferredTensor)
+            and not gradient.is_computed
+            and isinstance(gradient.source, FactoredGradient)
+            and gradient.source.logits_from is ctx.source
+        ):
+            found = gradient.source.gradients(wanted)
+        else:
+            found = ctx.source.gradients(gradient, wanted)
+        return None, None, *found
+
+
+class _Part:
+    """The end of a graph that computes deferred logits from `needs`: nodes of the rest, and inputs of the graph.
+
+    `is_beside_loss`: the call returns a loss as well, whose gradient does not pass through these logits.
+    """
+
+    def __init__(self, value: fx.Node, inside: Iterable[fx.Node], is_beside_loss: bool):
+        self.is_beside_loss = is_beside_loss
+        ordered = sorted(inside)
+        self.needs = list(dict.fromkeys(n for node in ordered for n in node.all_input_nodes if n not in set(ordered)))
+        graph = fx.Graph()
+        mapped = {node: graph.placeholder(node.name) for node in self.needs}
+        for node in ordered:
+            mapped[node] = graph.node_copy(node, mapped.__getitem__)
+        graph.output(mapped[value])
+        assert value.graph.owning_module is not None
+        self.compute: Callable[..., Tensor] = fx.GraphModule(value.graph.owning_module, graph)
+        self.head: OutputHead | None = head_in(value, self.needs)
+        tensor = value_of(value)
+        self._dtype, self._device = tensor.dtype, tensor.device
+        self._sizes = [self._size_from(size) for size in tensor.shape]
+
+    def _size_from(self, size: Any) -> int | tuple[int, int]:
+        """A static size, or which axis of which of `needs` has the same one."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        for index, node in enumerate(self.needs):
+            for axis, other in enumerate(shape_of(node)):
+                if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                    return index, axis
+        raise NotImplementedError(f"the logits' size {size} is none of the sizes of what they are computed from")
+
+    def deferred(self, inputs: tuple[Any, ...], on_read: Callable[[], None]) -> DeferredTensor:
+        sizes = [size if isinstance(size, int) else inputs[size[0]].shape[size[1]] for size in self._sizes]
+        source = HeadInputs(self, inputs, on_read)
+        made: DeferredTensor = _Defer.apply(source, (sizes, self._dtype, self._device), *inputs)
+        return made
 
 
 def defer_marked_outputs(
-    module: fx.GraphModule, on_touch: Callable[[], None]
+    module: fx.GraphModule, on_read: Callable[[], None]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Take the nodes that only a `deferred` output needs out of `module`, in place.
 
-    Returns a function that wraps what `module` is compiled to, so that the wrapped callable yields a
-    `DeferredValue` in that output's place, which calls `on_touch` when it is computed. Markers of outputs that the
-    graph computes anyway are just removed.
+    Returns a function that wraps what `module` is compiled to, so that the wrapped callable yields a `DeferredTensor`
+    in that output's place, which calls `on_read` when it is computed. Markers of outputs that the graph computes anyway
+    are just removed.
     """
     graph = module.graph
     output = next(iter(graph.find_nodes(op="output")))
@@ -78,17 +218,19 @@ def defer_marked_outputs(
     markers = list(graph.find_nodes(op="call_function", target=deferred))
     slots = {results.index(marker): marker for marker in markers if marker in results}
     needed_anyway = _ancestors([r for r in results if isinstance(r, fx.Node) and r not in slots.values()])
-    late: dict[int, tuple[fx.GraphModule, list[fx.Node]]] = {}
+    late: dict[int, _Part] = {}
     for slot, marker in slots.items():
-        value = marker.args[0]
+        value, has_loss = marker.args
         assert isinstance(value, fx.Node)
+        results[slot] = value
         if value in needed_anyway or value.op == "placeholder":
-            results[slot] = value
-        else:
-            late[slot] = _extract(value, needed_anyway)
+            continue
+        part = _part_of(value, needed_anyway, bool(has_loss))
+        if part is not None:
+            late[slot] = part
             results[slot] = None
     placeholders = list(graph.find_nodes(op="placeholder"))
-    extra = list(dict.fromkeys(n for _, needs in late.values() for n in needs if n.op != "placeholder"))
+    extra = list(dict.fromkeys(n for part in late.values() for n in part.needs if n.op != "placeholder"))
     output.args = ((*results, *extra),)
     for marker in markers:
         marker.replace_all_uses_with(marker.args[0])
@@ -105,13 +247,29 @@ def defer_marked_outputs(
             known = dict(zip(placeholders, arguments, strict=True))
             known |= dict(zip(extra, values[len(results) :], strict=True))
             del values[len(results) :]
-            for slot, (compute, needs) in late.items():
-                values[slot] = DeferredValue(compute, tuple(known[node] for node in needs), on_touch)
+            for slot, part in late.items():
+                values[slot] = part.deferred(tuple(known[node] for node in part.needs), on_read)
             return values
 
         return call
 
     return wrap
+
+
+def _part_of(value: fx.Node, needed_anyway: set[fx.Node], has_loss: bool) -> _Part | None:
+    """What can wait until `value` is read: all that only it needs, beside a loss; the output head, without one."""
+    if has_loss:
+        inside = {node for node in _ancestors([value]) if node not in needed_anyway and node.op != "placeholder"}
+    else:
+        inside = {node for node in nodes_of_head(value) if node not in needed_anyway}
+    if value not in inside or dtype_of(value) is None:
+        return None
+    try:
+        part = _Part(value, inside, has_loss)
+    except NotImplementedError:
+        return None
+    # To read logits of a sharded head takes all ranks: they are computed in the call, where all of them are.
+    return None if any(hasattr(value_of(node), "to_local") for node in part.needs) else part
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -123,69 +281,3 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
             found.add(node)
             pending += node.all_input_nodes
     return found
-
-
-def _extract(value: fx.Node, known: set[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The graph from what is known (or an input) to `value`, and the nodes that it starts from."""
-    inside = {n for n in _ancestors([value]) if n not in known and n.op != "placeholder"}
-    needs = list(dict.fromkeys(n for node in sorted(inside) for n in node.all_input_nodes if n not in inside))
-    graph = fx.Graph()
-    mapped = {node: graph.placeholder(node.name) for node in needs}
-    for node in sorted(inside):
-        mapped[node] = graph.node_copy(node, mapped.__getitem__)
-    graph.output(mapped[value])
-    assert value.graph.owning_module is not None
-    return fx.GraphModule(value.graph.owning_module, graph), needs
-
-
-def reveal_on_touch(outputs: Any) -> Any:
-    """Turn a model output that holds a `DeferredValue` into one that computes it on first access, in place."""
-    if isinstance(outputs, dict) and any(isinstance(value, DeferredValue) for value in dict.values(outputs)):
-        outputs.__class__ = _deferring(type(outputs))
-    return outputs
-
-
-@functools.cache
-def _deferring(output_class: type[Any]) -> type[Any]:
-    """A subclass of a transformers `ModelOutput`, of the same name, whose deferred entries compute themselves."""
-
-    class Deferring(output_class):  # type: ignore[misc]
-        def __getattribute__(self, name: str) -> Any:
-            value = super().__getattribute__(name)
-            return _reveal(self, name, value) if isinstance(value, DeferredValue) else value
-
-        def __getitem__(self, key: Any) -> Any:
-            if isinstance(key, str):
-                return _reveal(self, key, dict.__getitem__(self, key))
-            # Only what the index selects is touched: `outputs[0]` is the loss and computes no logits.
-            names = list(self.keys())[key]
-            return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
-
-        def get(self, key: str, default: Any = None) -> Any:
-            return self[key] if key in self else default  # noqa: SIM401 — dict.get would return the DeferredValue
-
-        def values(self) -> Any:
-            return [self[name] for name in self]
-
-        def items(self) -> Any:
-            return [(name, self[name]) for name in self]
-
-        def to_tuple(self) -> tuple[Any, ...]:
-            return tuple(self.values())
-
-        def __reduce__(self) -> Any:
-            self.values()
-            self.__class__ = output_class
-            reduce: Any = output_class.__reduce__
-            return reduce(self)
-
-    Deferring.__name__, Deferring.__qualname__ = output_class.__name__, output_class.__qualname__
-    Deferring.__module__, Deferring.__doc__ = output_class.__module__, output_class.__doc__
-    return Deferring
-
-
-def _reveal(outputs: Any, name: str, value: Any) -> Any:
-    if isinstance(value, DeferredValue):
-        value = value()
-        setattr(outputs, name, value)  # ModelOutput keeps its dict in step
-    return value

@@ -26,17 +26,13 @@ NARROWING_METHODS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 
 
 def float64_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` with its original forward, all parameters and buffers in float64."""
+    """A copy of `model`, all parameters and buffers in float64."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()  # a state kept from another call, which cannot be copied
-    exact = copy.deepcopy(model, memo).double()
-    replaced = getattr(exact.__dict__.pop("forward", None), "replaced", None)
-    if replaced is not None:  # an instance's own forward, which was there before the model was optimized
-        vars(exact)["forward"] = replaced
-    return exact
+    return copy.deepcopy(model, memo).double()
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""A call of a model's forward: which ones are optimized, and in which form they are captured."""
+"""A call of a forward: which ones are optimized, and in which form they are captured."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ Call = dict[str, Any]  # arguments by name
 
 # What a forward may call its labels: transformers' name, and those of models in the manner of nanoGPT.
 LABELS = ("labels", "targets", "target")
+NOT_DIFFERENTIATED = "the call has no labels, and nothing is differentiated"
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -32,15 +35,23 @@ def labels_of(call: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 def why_not_covered(model: nn.Module, call: Call | None) -> str:
-    """Why a call is not one that computes the model's loss and nothing else, or ''."""
+    """Why a call is neither differentiated nor asked for a loss, or wants more than graphs can give; or ''."""
     if call is None:
         return "the call's arguments have no names"
-    labels = labels_of(call)
-    if labels is None:
-        return "the call has no labels"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "the call is inside a torch.func transform"
-    if labels.numel() == 0:
+    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_exporting():
+        return "the call is inside a TorchDispatchMode or torch.export, which want to see the original's operations"
+    labels = labels_of(call)
+    if labels is None:
+        if not torch.is_grad_enabled():
+            return NOT_DIFFERENTIATED
+        tensors = [value for value in call.values() if isinstance(value, torch.Tensor)]
+        if not any(tensor.requires_grad for tensor in chain(tensors, model.parameters())):
+            return "the call has no labels, and nothing requires a gradient"
+        if not model.training and call.get("use_cache") is None and _would_cache(model):
+            return "the call has no labels, and may be asked for its cache in evaluation"
+    if any(value.numel() == 0 for value in ([labels] if labels is not None else tensors[:1])):
         return "the batch is empty"
     for name in ("use_cache", "output_hidden_states", "output_attentions"):
         if call.get(name):
@@ -55,6 +66,11 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
         if getattr(config, name, False):
             return f"the model's config asks for {name}"
     return ""
+
+
+def is_autocast() -> bool:
+    """Whether autocast is on, on a CPU or on an accelerator."""
+    return any(torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES)
 
 
 def as_captured(model: nn.Module, signature: inspect.Signature, call: Call) -> Call:
@@ -105,7 +121,7 @@ def kind_of(model: nn.Module, call: Call) -> Hashable:
         (name, tuple(size == 1 for size in value.shape[:2]) if isinstance(value, torch.Tensor) else None)
         for name, value in sorted(call.items())
     )
-    autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    autocast = tuple(torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES)
     modes = model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     # Dynamo does not look at hooks again once it has captured a module.
     hooks = _num_hooks(model) + sum(len(getattr(torch.nn.modules.module, f"_global{name}")) for name in _HOOKS)

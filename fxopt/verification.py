@@ -12,10 +12,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 
-from fxopt.capture import OptimizedForward
+from fxopt.capture import OptimizedForward, original_throughout
 from fxopt.float64 import float64_backward, float64_copy, float64_throughout
 from fxopt.model_state import ModelState
 from fxopt.precision.annotate import parameter_precisions
+from fxopt.precision.instance_methods import original_forwards
 from fxopt.rewrite.accuracy import FEW, SLACK
 from fxopt.training_call import labels_of
 
@@ -77,16 +78,18 @@ def verify(forward: OptimizedForward, batches: Sequence[Mapping[str, Any]]) -> V
     if not batches:
         raise ValueError("nothing to verify: give at least one batch, such as one that the model trains on")
     for batch in batches:
-        if reason := forward.why_not_covered(batch):
+        reason = forward.why_not_covered(batch) if labels_of(batch) is not None else "the call has no labels"
+        if reason:
             raise ValueError(f"nothing to verify: {reason}, so this batch runs the original forward")
     optimized = forward.model
-    exact = float64_copy(optimized)
+    exact = original_forwards(float64_copy(optimized))
     sums: dict[str, Tensor] = {}  # of squares: the original's error, the optimized's, the truth
     numbers: dict[str, int] = {}
     losses: list[tuple[float, float, float]] = []
     num_labels = sum(labels.numel() for batch in batches if (labels := labels_of(batch)) is not None)
     for seed, batch in enumerate(batches):
-        plain = _loss_and_gradients(optimized, forward.original, batch, seed)
+        with original_throughout():
+            plain = _loss_and_gradients(optimized, forward.original, batch, seed)
         fallbacks = forward.report.fallbacks.total()
         found = _loss_and_gradients(optimized, forward, batch, seed)
         if forward.report.fallbacks.total() > fallbacks:

@@ -13,17 +13,14 @@ float64 inputs); dx is rounded once; dweight is summed over chunks in float32. W
 Gradient, with p = softmax(z) and s the row's share of the loss (1 / number of labels for "mean"):
     dx = s * (p * (1 + 2 * z_loss * lse) - (1 - ε) * onehot(label) - ε / V) * logit_scale * (1 - t², with softcap)
     dhidden = dx @ weight,  dweight = dxᵀ @ hidden,  dbias = Σ_rows dx
-Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them
-waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. They go through one reused buffer
-of at most CHUNK_ROWS rows and CHUNK_BYTES (on a GPU GPU_CHUNK_BYTES), in which dx replaces the logits. For "mean" and
-"sum" the gradients are computed with the loss, saved, and scaled in the backward (where a GPU multiplies matrices into
-float32, dhidden waits in it and is rounded once); for "none" they are computed there, chunk by chunk again.
+Chunk by chunk as `linear_head.py` says, dx replacing the logits; rows whose label is ignore_index are left out. For
+"mean" and "sum" the gradients are computed with the loss, saved, and scaled in the backward (where a GPU multiplies
+matrices into float32, dhidden waits in it and is rounded once); for "none" they are computed there.
 Bytes that must move: hidden and weight, their gradients, and 3 passes over the buffer for each chunk.
 """
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,16 +29,23 @@ from torch import Tensor
 from fxopt.kernels.backend import TRITON_DEVICES, compute_dtype, tl, triton, triton_dtype
 from fxopt.kernels.elementary import divide, exp, log, tanh, tanh_slope
 from fxopt.kernels.launch import launch
+from fxopt.kernels.linear_head import (
+    BLOCK,
+    HeadGradients,
+    check_head,
+    check_options,
+    empty_gradients,
+    exact_dtype,
+    head_chunks,
+    head_workspace_bytes,
+    hidden_grad_dtype,
+    logits_by_chunk,
+    rounded,
+    rows_that_count,
+    softmax_step,
+)
 from fxopt.kernels.op import op
 
-CHUNK_ROWS = 4096  # matrix products are at full speed long before; for small vocabularies
-CHUNK_BYTES = 64 * 2**20  # one chunk needs no float32 sum of the weight's gradient, so not smaller than this
-GPU_CHUNK_BYTES = 256 * 2**20  # each chunk reads and writes that sum: fewer chunks, and larger matrix products
-# Every step keeps another number of rows, and for each new shape of a matrix product oneDNN holds on to half a MB.
-ROW_MULTIPLE = 64
-_SOFTMAX_BYTES = 8 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
-_VOCABULARY_BLOCK = 4096  # rows of the weight's gradient that the CPU adds up at a time
-BLOCK = 2048  # columns that a Triton program holds at a time
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -95,12 +99,12 @@ def linear_cross_entropy_reference(
 
 @triton.jit
 def _softmax_rows_kernel(
-    logits_ptr, labels_ptr, scales_ptr, losses_ptr, V,
+    logits_ptr, labels_ptr, scales_ptr, losses_ptr, V, row_stride,
     HAS_SCALES: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * V
+    logits_ptr += row * row_stride
     label = tl.load(labels_ptr + row)
     # z is what FACTOR multiplies: the logits, or their tanh. It comes last, so that differences of logits are exact.
     FACTOR: tl.constexpr = LOGIT_SCALE if SOFTCAP is None else SOFTCAP
@@ -196,34 +200,14 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: reduction is {reduction!r}; it must be one of {', '.join(_REDUCTIONS)}"
         )
-    for name, value, fits, range_of_values in (
+    check_options(
+        "linear_cross_entropy",
         ("logit_scale", logit_scale, 0 < logit_scale < math.inf, "positive and finite"),
         ("softcap", softcap, softcap is None or 0 < softcap < math.inf, "None, or positive and finite"),
         ("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "between 0 and 1"),
         ("z_loss", z_loss, 0 <= z_loss < math.inf, "finite and not negative"),
-    ):
-        if not fits:
-            raise ValueError(f"linear_cross_entropy: {name} is {value}; it must be {range_of_values}")
-    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"linear_cross_entropy: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} "
-            "must have shapes (..., D) and (V, D)"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_cross_entropy: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
-    if math.prod(hidden.shape[:-1]) != labels.numel():  # not Size.numel, which fixes dynamic sizes
-        raise ValueError(
-            f"linear_cross_entropy: hidden {tuple(hidden.shape)} has {math.prod(hidden.shape[:-1])} rows, "
-            f"but labels {tuple(labels.shape)} has {labels.numel()} elements"
-        )
-    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
-        raise RuntimeError(
-            f"linear_cross_entropy: hidden is {hidden.dtype}, weight {weight.dtype}"
-            + (f", bias {bias.dtype}" if bias is not None else "")
-            + "; they must have one dtype, as for torch.nn.functional.linear"
-        )
-    if labels.dtype != torch.int64:
-        raise RuntimeError(f"linear_cross_entropy: labels are {labels.dtype}; they must be torch.int64")
+    )
+    check_head("linear_cross_entropy", hidden, weight, bias, labels)
     with_grad = torch.is_grad_enabled() and reduction != "none"
     dtype = dtype or compute_dtype(hidden)
     loss = _linear_cross_entropy(
@@ -243,155 +227,39 @@ def _loss_and_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loop over chunks, which all devices share. Gradients that are not wanted come back empty."""
     options = _Options(logit_scale, softcap, label_smoothing, z_loss)
-    dtype = compute_dtype(hidden)
-    num_rows, vocabulary = hidden.shape[0], weight.shape[0]
-    labels = labels.contiguous()
-    kept = labels != ignore_index
-    kept_rows = kept.nonzero().squeeze(1)
-    num_kept = kept_rows.numel()
-    all_kept = num_kept == num_rows
-    want_grads = want_hidden or want_weight or want_bias
+    dtype, wanted = compute_dtype(hidden), (want_hidden, want_weight, want_bias)
+    rows = rows_that_count("linear_cross_entropy", hidden, weight, labels, ignore_index)
     scales: Tensor | None = None
-    if want_grads and row_scales is not None:
-        scales = row_scales.to(dtype).contiguous()  # the gradient of a sum has stride 0
-    elif want_grads:
-        scales = hidden.new_full((num_rows,), 1 / max(num_kept, 1) if reduction == "mean" else 1.0, dtype=dtype)
-    if not all_kept:
-        hidden, labels = _take_rows(hidden, kept_rows), _take_rows(labels, kept_rows)
-        scales = None if scales is None else _take_rows(scales, kept_rows)
-    _check_labels(labels, vocabulary)
+    if any(wanted) and row_scales is not None:
+        scales = rows.take(row_scales.to(dtype).contiguous())  # the gradient of a sum has stride 0
+    elif any(wanted):
+        scale = 1 / max(rows.num_kept, 1) if reduction == "mean" else 1.0
+        scales = rows.take(hidden.new_full((rows.num_rows,), scale, dtype=dtype))
+    losses = hidden.new_empty(rows.labels.shape, dtype=exact_dtype(hidden))
+    chunks = head_chunks(rows, weight)
+    gradients = HeadGradients(rows, weight, wanted, len(chunks))
+    for chunk, logits in logits_by_chunk(rows, weight, bias, chunks):
+        chunk_scales = None if scales is None else scales[chunk]
+        softmax_rows(logits, rows.labels[chunk], chunk_scales, losses[chunk], options)
+        gradients.add(chunk, logits)
 
-    chunks = _chunks(labels.shape[0], vocabulary * hidden.element_size(), hidden.device)
-    # With one chunk its product is the weight's gradient; a sum over several is kept in float32.
-    summed = len(chunks) != 1
-    losses = hidden.new_empty(labels.shape, dtype=_exact_dtype(hidden))
-    buffer = hidden.new_empty(max((chunk.stop - chunk.start for chunk in chunks), default=0), vocabulary)
-    dhidden = hidden.new_empty(hidden.shape if want_hidden else 0, dtype=_hidden_grad_dtype(hidden))
-    dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=dtype if summed else weight.dtype)
-    if summed:
-        dweight.zero_()
-    dbias = weight.new_zeros(vocabulary if want_bias else 0, dtype=_exact_dtype(hidden))
-
-    for chunk in chunks:
-        h, logits = hidden[chunk], buffer[: chunk.stop - chunk.start]
-        if bias is None:
-            torch.mm(h, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, h, weight.t(), out=logits)
-        softmax_rows(logits, labels[chunk], None if scales is None else scales[chunk], losses[chunk], options)
-        logits[max(num_kept - chunk.start, 0) :] = 0.0  # where infinite weights make NaN of rows of zeros
-        if want_hidden:
-            _product(logits, weight, dhidden[chunk])
-        if want_weight and summed:
-            _add_product(dweight, logits.t(), h)
-        elif want_weight:
-            torch.mm(logits.t(), h, out=dweight)
-        if want_bias:
-            dbias += logits.sum(0, dtype=dtype)
-
-    losses = losses[:num_kept]
-    if want_hidden and not all_kept:
-        dhidden = dhidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, kept_rows, dhidden[:num_kept])
     if reduction == "none":
-        loss = losses if all_kept else losses.new_zeros(num_rows).index_copy_(0, kept_rows, losses)
+        loss = rows.put_back(losses)
     else:
+        losses = losses[: rows.num_kept]
         loss = losses.sum() if reduction == "sum" else losses.mean()
-    if z_loss and reduction == "mean" and num_rows and not num_kept:  # a mean of no square: 0 / 0, its gradient too
+    dhidden, dweight, dbias = gradients.result()
+    if z_loss and reduction == "mean" and rows.num_rows and not rows.num_kept:  # a mean of no square: 0 / 0
         for gradient in (dhidden, dweight, dbias):
             gradient.fill_(math.nan)
-    return loss.to(dtype), dhidden, dweight.to(weight.dtype), dbias
+    return loss.to(dtype), dhidden, dweight, dbias
 
 
 def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
-    """The most that the op holds at once beside its arguments and results, if some rows are left out.
-
-    `options` are its other arguments. Rows without a label at the end of each sequence are left out where a model
-    shifts its labels.
-    """
+    """The most that the op holds at once beside its arguments and results; `options` are its other arguments."""
     *_, softcap, _, _, want_hidden, want_weight, want_bias = options
-    itemsize, width, wide = hidden.element_size(), hidden.shape[1], compute_dtype(hidden).itemsize
-    num_rows, vocabulary = -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE, weight.shape[0]
-    chunks = _chunks(num_rows, vocabulary * itemsize, hidden.device)
-    chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    gradient = _hidden_grad_dtype(hidden).itemsize if want_hidden else 0
-    held = chunk_rows * vocabulary * itemsize + num_rows * width * (itemsize + gradient)
     copies = 2 if softcap is not None and (want_hidden or want_weight or want_bias) else 1
-    scratch = copies * min(chunk_rows, _softmax_step(vocabulary, copies)) * vocabulary * wide
-    if not want_weight or len(chunks) == 1 or wide == itemsize:
-        return held + scratch
-    # The weight's gradient is summed in float32; its result comes when the softmax is done.
-    return held + weight.numel() * wide + max(0, scratch - weight.numel() * itemsize)
-
-
-def _softmax_step(vocabulary: int, copies: int) -> int:
-    """Rows whose float32 copies fit the softmax's working set on the CPU."""
-    return max(1, _SOFTMAX_BYTES // (4 * vocabulary * copies))
-
-
-def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Those rows, then zeros up to a multiple of ROW_MULTIPLE; as their scale is zero, so are their dlogits."""
-    taken = tensor.new_zeros(-(-rows.numel() // ROW_MULTIPLE) * ROW_MULTIPLE, *tensor.shape[1:])
-    torch.index_select(tensor, 0, rows, out=taken[: rows.numel()])
-    return taken
-
-
-def _chunks(num_rows: int, row_bytes: int, device: torch.device) -> list[slice]:
-    """Slices of nearly equal length, none longer than CHUNK_ROWS or, with its logits, larger than CHUNK_BYTES.
-
-    On a GPU the bound is GPU_CHUNK_BYTES.
-    """
-    most_bytes = CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
-    most = max(1, min(CHUNK_ROWS, most_bytes // row_bytes))
-    num_chunks = -(-num_rows // most)
-    bounds = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else []
-    return [slice(start, stop) for start, stop in pairwise(bounds)]
-
-
-def _exact_dtype(hidden: Tensor) -> torch.dtype:
-    """Of a row's loss, and of sums of few numbers over rows: no luck in the last digit where the device has float64."""
-    return torch.float64 if hidden.device.type in ("cpu", "cuda") else compute_dtype(hidden)
-
-
-def _has_wide_products(device: torch.device) -> bool:
-    """Whether matrix products of two-byte numbers can have a float32 result."""
-    return device.type == "cuda" and torch.version.hip is None
-
-
-def _hidden_grad_dtype(hidden: Tensor) -> torch.dtype:
-    """What the gradient is kept in until backward scales and rounds it."""
-    return compute_dtype(hidden) if _has_wide_products(hidden.device) else hidden.dtype
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b. cuBLAS may add up a long sum's parts in two bytes; not where the result has four."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b. Where total is wider than a and b: as cuBLAS does it, without rounding; else in blocks of rows.
-
-    No product of total's size is held on the CPU.
-    """
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-        return
-    if _has_wide_products(total.device):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-        return
-    step = _VOCABULARY_BLOCK if total.device.type == "cpu" else total.shape[0]
-    for start in range(0, total.shape[0], step):
-        total[start : start + step] += a[start : start + step] @ b
-
-
-def _check_labels(labels: Tensor, vocabulary: int) -> None:
-    out_of_range = (labels < 0) | (labels >= vocabulary)
-    if labels.device.type != "cpu":
-        torch._assert_async(~out_of_range.any(), "linear_cross_entropy: a label is out of range")
-    elif out_of_range.any():
-        raise IndexError(f"Target {labels[out_of_range][0]} is out of bounds.")
+    return head_workspace_bytes(hidden, weight, copies, want_hidden, want_weight)
 
 
 def _softmax_rows(logits: Tensor, labels: Tensor, scales: Tensor | None, losses: Tensor, options: _Options) -> None:
@@ -403,7 +271,7 @@ def _softmax_rows(logits: Tensor, labels: Tensor, scales: Tensor | None, losses:
     logit_scale, softcap, smoothing, z_loss = options
     factor = logit_scale if softcap is None else softcap
     keep_tanh = softcap is not None and scales is not None
-    step = _softmax_step(vocabulary, 2 if keep_tanh else 1)
+    step = softmax_step(vocabulary, 2 if keep_tanh else 1)
     scratch = logits.new_empty(min(step, num_rows), vocabulary, dtype=compute_dtype(logits))
     tanh_scratch = torch.empty_like(scratch) if keep_tanh else scratch
     for start in range(0, num_rows, step):
@@ -446,7 +314,7 @@ def _softmax_rows_triton(
 ) -> None:
     launch(
         _softmax_rows_kernel, (logits.shape[0],),
-        logits, labels, scales if scales is not None else losses, losses, logits.shape[1],
+        logits, labels, scales if scales is not None else losses, losses, logits.shape[1], logits.stride(0),
         HAS_SCALES=scales is not None, BLOCK=BLOCK, DTYPE=triton_dtype(logits), num_warps=8,
         **{name.upper(): value for name, value in options._asdict().items()},
     )  # fmt: skip
@@ -474,39 +342,24 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=compute_dtype(hidden))
-    dhidden, dweight, dbias = _fake_grads(hidden, weight, *rest[-3:])
-    return loss, dhidden.to(_hidden_grad_dtype(hidden)), dweight, dbias.to(_exact_dtype(hidden))
+    dhidden, dweight, dbias = empty_gradients(hidden, weight, rest[-3:])
+    return loss, dhidden.to(hidden_grad_dtype(hidden)), dweight, dbias.to(exact_dtype(hidden))
 
 
 # With reduction "none" the backward computes the gradients, from the gradients of the rows' losses.
 @op("linear_cross_entropy_backward", schema=f"(Tensor dlosses, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _linear_cross_entropy_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _rounded(args[1], _loss_and_grads(_softmax_rows, *args)[1:])
+    return rounded(_loss_and_grads(_softmax_rows, *args)[1:], args[1].dtype)
 
 
 @_linear_cross_entropy_backward.register_kernel(TRITON_DEVICES)
 def _linear_cross_entropy_backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _rounded(args[1], _loss_and_grads(_softmax_rows_triton, *args)[1:])
+    return rounded(_loss_and_grads(_softmax_rows_triton, *args)[1:], args[1].dtype)
 
 
 @_linear_cross_entropy_backward.register_fake
 def _(dlosses: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_grads(hidden, weight, *rest[-3:])
-
-
-def _fake_grads(
-    hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool, want_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
-        weight.new_empty(weight.shape[0] if want_bias else 0),
-    )
-
-
-def _rounded(hidden: Tensor, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden, dweight, dbias = (grad.to(hidden.dtype) for grad in grads)
-    return dhidden, dweight, dbias
+    return empty_gradients(hidden, weight, rest[-3:])
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -8,6 +8,7 @@ from fxopt.passes.fuse_add_norm import FUSE_ADD_NORM
 from fxopt.passes.fuse_glu import FUSE_GLU
 from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM
 from fxopt.passes.fuse_linear_cross_entropy import FUSE_LINEAR_CROSS_ENTROPY
+from fxopt.passes.fuse_linear_log_prob import FUSE_LINEAR_LOG_PROB
 from fxopt.passes.fuse_relu_squared import FUSE_RELU_SQUARED
 from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM
 from fxopt.passes.fuse_rope import FUSE_ROPE
@@ -32,6 +33,7 @@ EXACT = Pipeline(
         FUSE_GLU,
         FUSE_RELU_SQUARED,
         FUSE_LINEAR_CROSS_ENTROPY,
+        FUSE_LINEAR_LOG_PROB,  # after the loss, whose rules cut off rows before the head
         RESTORE_CAUSAL_ATTENTION,  # before the clean-up, which then drops the mask that nobody reads
         SHARE_KEY_VALUE_HEADS,  # after the masks are gone
         SKIP_MASKED_KEYS,  # after both: it takes what is left with a mask, over as few heads as can be

@@ -16,8 +16,8 @@ from fxopt.rewrite.pipeline import simple_pass
 
 
 @torch.compiler.allow_in_graph
-def deferred(logits: torch.Tensor) -> torch.Tensor:
-    """Marks a returned value that may be computed later than the call. Computes nothing."""
+def deferred(logits: torch.Tensor, has_loss: bool = True) -> torch.Tensor:
+    """Marks returned logits that may be computed later than the call. `has_loss`: the call returns a loss, too."""
     return logits
 
 
@@ -33,7 +33,7 @@ def separate_logits(graph: fx.Graph) -> None:
             for node in chain:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         if chain:
-            marker.args = (copies[logits],)
+            marker.args = (copies[logits], *marker.args[1:])
 
 
 def _vocabulary_wide(logits: fx.Node) -> list[fx.Node]:

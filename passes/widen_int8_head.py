@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ def _fuse(fuse: Pass, graph: fx.Graph, prover: Prover | None) -> Outcome:
     outcome, changes = Outcome(), dict[fx.Node, Change]()
     for head in dict.fromkeys(_int8_heads(graph)):
         source, module = source_line(head), module_path(head)
-        proof = _proof(value_of(head).dtype, value_of(head).device) if prover else None
+        kind: Any = type(tensor_of(arguments_of(head)["weight"]))
+        proof = _proof(value_of(head).dtype, value_of(head).device, kind) if prover else None
         if proof is not None and not proof.holds:
             outcome.refused.append(Refused(NAME, source, module, proof))
             continue
@@ -62,7 +64,7 @@ def _int8_heads(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _widen(head: fx.Node) -> fx.Node:
-    from fxopt.precision.quantized import widened  # torchao, which takes a while to import
+    from fxopt.precision.int8_operations import widened  # torchao, which takes a while to import
 
     weight = arguments_of(head)["weight"]
     with head.graph.inserting_before(head):
@@ -73,11 +75,12 @@ def _widen(head: fx.Node) -> fx.Node:
 
 
 @functools.cache
-def _proof(dtype: torch.dtype, device: torch.device) -> Proof:
-    """The product with an int8 weight and with its values, and their gradients, on a sample."""
-    from torchao.prototype.quantized_training import Int8QuantizedTrainingLinearWeight as Int8Weight
+def _proof(dtype: torch.dtype, device: torch.device, kind: Any) -> Proof:
+    """The product with an int8 weight and with its values, and their gradients, on a sample.
 
-    from fxopt.precision.quantized import widened
+    kind: the weight's class, fxopt's or torchao's, which multiply by themselves.
+    """
+    from fxopt.precision.int8_operations import widened
 
     def draw_inputs(seed: int, wide: bool) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -85,7 +88,7 @@ def _proof(dtype: torch.dtype, device: torch.device) -> Proof:
         codes = torch.randint(-127, 128, (64, 96), generator=generator, dtype=torch.int8)
         if wide:
             hidden, scale = hidden.double(), scale.double()
-        weight = Int8Weight(codes.to(device), scale.abs().to(device))
+        weight = kind(codes.to(device), scale.abs().to(device))
         return hidden.to(device).requires_grad_(), torch.nn.Parameter(weight)
 
     return compare(F.linear, lambda hidden, weight: F.linear(hidden, widened(weight)), draw_inputs)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
+from fxopt.capture import OptimizedForward
 from fxopt.training_call import _num_hooks
 from tests.tiny_models import LLAMA_HITS, tiny_batch, tiny_llama, tiny_model
 from tests.training import assert_trains_alike, gradients
@@ -104,16 +105,39 @@ def test_variable_lengths_take_one_graph():
 
 
 def test_calls_that_are_not_covered_are_the_originals():
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(), "bf16").eval()
     plain = fxopt.restore(copy.deepcopy(model))
     batch = tiny_batch()
     ids = batch["input_ids"]
-    assert torch.equal(model(ids).logits, plain(ids).logits)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert model(ids).past_key_values is not None, "who evaluates without no_grad may go on with the cache"
     assert torch.equal(model.generate(ids, max_new_tokens=4), plain.generate(ids, max_new_tokens=4))
     assert len(model(**batch, output_hidden_states=True).hidden_states) == 3
     assert model(**batch, use_cache=True).past_key_values is not None
     report = fxopt.report(model)
-    assert not report.graphs and "the call has no labels" in report.uncovered
+    assert not report.graphs and not report.optimized
+    assert report.uncovered["the call has no labels, and nothing is differentiated"] == 5
+    assert report.uncovered["the call has no labels, and may be asked for its cache in evaluation"] == 1
+    frozen = model.requires_grad_(False).train()
+    frozen(ids)
+    assert report.uncovered["the call has no labels, and nothing requires a gradient"] == 1
+
+
+@pytest.mark.parametrize("entry", ["", "model"])
+def test_a_call_without_labels_is_optimized_wherever_it_is_entered(entry):
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    plain = fxopt.restore(copy.deepcopy(model))
+    batch = {name: value for name, value in tiny_batch(padding=3).items() if name != "labels"}
+    for each in (model, plain):
+        result = each.get_submodule(entry)(**batch, use_cache=False)[0].float()
+        (result * torch.linspace(-1, 1, result.numel()).view(result.shape)).sum().backward()
+    report = fxopt.report(model)
+    assert report.optimized == {entry: 1} and not report.fallbacks and not report.uncovered
+    assert all(report.hits[op] == LLAMA_HITS[op] for op in ("rms_norm", "rope", "add_rms_norm", "swiglu"))
+    for name, gradient in gradients(plain).items():
+        error = (gradients(model)[name] - gradient).float().norm() / gradient.float().norm()
+        assert error < 0.02, (name, error)
 
 
 def test_a_call_that_asks_for_a_tuple_gets_one():
@@ -124,7 +148,7 @@ def test_a_call_that_asks_for_a_tuple_gets_one():
     outputs, expected = (each(**tiny_batch(), return_dict=False, use_cache=False) for each in (model, plain))
     assert isinstance(outputs, tuple)
     torch.testing.assert_close(outputs, expected)
-    assert fxopt.report(model).hits["swiglu"] == 2 and "linear_cross_entropy" not in fxopt.report(model).hits
+    assert fxopt.report(model).hits["swiglu"] == 2 and fxopt.report(model).hits["linear_cross_entropy"] == 1
 
 
 def test_evaluation_is_fused_too_and_needs_no_gradient():
@@ -161,14 +185,37 @@ def test_an_empty_batch_does_what_the_original_does():
         fxopt.restore(model)(**empty)
 
 
-def test_a_model_without_a_head_runs_as_before():
+def test_a_model_without_a_head_trains():
     torch.manual_seed(0)
     model = LlamaModel(tiny_llama().config)
     ids = tiny_batch()["input_ids"]
-    expected = copy.deepcopy(model).to(torch.bfloat16)
-    outputs = fxopt.optimize(model, "bf16")(ids)
-    assert outputs.last_hidden_state.shape == expected(ids).last_hidden_state.shape
-    assert "the call has no labels" in fxopt.report(model).uncovered
+    expected = copy.deepcopy(model).to(torch.bfloat16)(ids).last_hidden_state
+    found = fxopt.optimize(model, "bf16")(ids).last_hidden_state
+    assert ((found - expected).float().norm() / expected.float().norm()) < 0.01
+    assert fxopt.report(model).hits["rms_norm"] == 5
+
+
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_classification_heads_train(kind, labelled):
+    torch.manual_seed(0)
+    config = tiny_llama().config
+    config.num_labels, config.pad_token_id, config.classifier_dropout = 3, 0, 0.0
+    model = fxopt.optimize(getattr(transformers, kind)(config).train(), "fp32")
+    plain = fxopt.restore(copy.deepcopy(model))
+    batch = tiny_batch()
+    shape = (3, 17) if "Token" in kind else (3,)
+    labels = torch.arange(51).view(3, 17)[: shape[0], : shape[-1] if len(shape) > 1 else 1].squeeze(-1) % 3
+    batch["labels"] = labels.expand(shape)
+    if not labelled:
+        del batch["labels"]
+    for each in (model, plain):
+        outputs = each(**batch, use_cache=False)
+        (outputs.loss if labelled else outputs.logits.square().mean()).backward()
+    assert fxopt.report(model).optimized == {"": 1} and not fxopt.report(model).fallbacks
+    assert fxopt.report(model).hits["rms_norm"] == 5
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_a_compiler_failure_falls_back_and_says_why(caplog, monkeypatch):
@@ -177,7 +224,7 @@ def test_a_compiler_failure_falls_back_and_says_why(caplog, monkeypatch):
     def broken(*_):
         raise torch._dynamo.exc.InternalTorchDynamoError("no luck")
 
-    monkeypatch.setattr(model.forward, "_graphs_for", lambda kind: broken)
+    monkeypatch.setattr(OptimizedForward, "_graphs_for", lambda self, kind: broken)
     expected = fxopt.restore(copy.deepcopy(model))(**tiny_batch()).loss
     assert torch.equal(model(**tiny_batch()).loss, expected)
     assert any("no luck" in reason for reason in fxopt.report(model).fallbacks)

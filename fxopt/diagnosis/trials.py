@@ -230,7 +230,7 @@ def _values(parameter: torch.Tensor) -> torch.Tensor:
     """A copy of what a parameter holds, as plain numbers."""
     import torch
 
-    from fxopt.precision.quantized import dequantized
+    from fxopt.precision.int8_weight import dequantized
 
     if hasattr(parameter, "int_data"):
         return dequantized(parameter, torch.float32)

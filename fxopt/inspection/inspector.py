@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import PretrainedConfig
 
-from fxopt.capture import CapturedCall, OptimizedForward, Settings
+from fxopt.capture import CapturedCall, Optimization, OptimizedForward, Settings
 from fxopt.error_lines import in_a_line
 from fxopt.inspection.configurations import check_sizes, sequence_for
 from fxopt.inspection.diff import Conditions, Graph, GraphDiff, call_in_words
@@ -25,6 +25,7 @@ from fxopt.inspection.record import Recorder
 from fxopt.passes.pipelines import EXACT
 from fxopt.precision.annotate import policy_of
 from fxopt.precision.footprint import footprint
+from fxopt.precision.instance_methods import original_forwards
 from fxopt.precision.policy import Policy
 from fxopt.rewrite.pipeline import Pipeline
 from fxopt.rewrite.report import Report
@@ -44,17 +45,13 @@ def inspect_optimized(
             f"no graph of this {forward.report.model} has been captured yet; call it once with labels: "
             "model(input_ids=…, labels=…)"
         )
-    original = forward.model.__dict__.pop("forward")  # the copy runs the model's own
     mode = FakeTensorMode()
-    try:
-        with FakeCopyMode(mode):
-            model, replaced = copy.deepcopy((forward.model, forward.replaced))
-    finally:
-        forward.model.forward = original
+    with FakeCopyMode(mode):
+        model = original_forwards(copy.deepcopy(forward.model))
     settings = Settings(forward.settings.policy, pipeline=forward.settings.pipeline, prove=prove)
     with mode:
-        calls = [_with_fake_tensors(call) for call in forward.calls]
-    diff = _inspect(model, settings, calls, mode, replaced, on_progress)
+        calls = [_with_fake_tensors(call) for call in forward.optimization.calls]
+    diff = _inspect(model, settings, calls, mode, on_progress)
     if not _same_rewrites(diff, forward.report):
         reason = "the graphs of the real calls are shown: on fake tensors the capture found others"
         diff = _diff(forward.model, forward.report, Recorder(reason), calls)
@@ -86,7 +83,7 @@ def inspect_model(
         arguments = labelled_batch(batch_size, sequence_length)
     call = CapturedCall(arguments, training, grad_enabled=training)
     settings = Settings(chosen.name, pipeline=pipeline, prove=prove)
-    return _inspect(fake, settings, [call], mode, on_progress=on_progress)
+    return _inspect(fake, settings, [call], mode, on_progress)
 
 
 def _inspect(
@@ -94,27 +91,32 @@ def _inspect(
     settings: Settings,
     calls: list[CapturedCall],
     mode: FakeTensorMode,
-    replaced: Any = None,
     on_progress: OnProgress | None = None,
 ) -> GraphDiff:
-    forward = OptimizedForward(model, settings, replaced)
-    forward.observe = recorder = Recorder()
+    recorder = Recorder()
     passes = (settings.pipeline or EXACT).passes
     num_steps = len(passes) + 3  # the capture, and the graph before them, after each, and at the end
     if on_progress is not None:
         recorder.on_stage = lambda name, number: on_progress(f"measuring: {name}", number + 1, num_steps)
-    forward.runner = recorder.runner
+    optimization = Optimization(type(model).__name__, settings)
+    entries: dict[str, OptimizedForward] = {}
     for call in calls:
         model.train(call.training)
         if on_progress is not None:
             on_progress("capturing the graph", 0, num_steps)
+        if call.entry not in entries:
+            module = model.get_submodule(call.entry)
+            replaced = module.__dict__.get("forward")
+            forward = OptimizedForward(module, settings, replaced, optimization, call.entry)
+            forward.observe, forward.runner = recorder, recorder.runner
+            entries[call.entry] = forward
         recorder.call = call_in_words(call.training, _is_checkpointed(model), *_sizes(call))
         try:
             with _without_garbage_collection(), mode, torch.set_grad_enabled(call.grad_enabled):
-                forward.capture(dict(call.arguments))
+                entries[call.entry].capture(dict(call.arguments))
         except Exception as error:  # anything that a model's code does with values, which fake tensors have not
-            forward.report.fallbacks[in_a_line(error, with_place=True)] += 1
-    return _diff(model, forward.report, recorder, calls)
+            optimization.report.fallbacks[in_a_line(error, with_place=True)] += 1
+    return _diff(model, optimization.report, recorder, calls)
 
 
 def _diff(model: nn.Module, report: Report, recorder: Recorder, calls: list[CapturedCall]) -> GraphDiff:
@@ -176,7 +178,7 @@ def _with_fake_tensors(call: CapturedCall) -> CapturedCall:
         name: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
         for name, value in call.arguments.items()
     }
-    return CapturedCall(arguments, call.training, call.grad_enabled)
+    return CapturedCall(arguments, call.training, call.grad_enabled, call.entry)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 import fxopt.kernels.interval_attention  # noqa: F401 — it registers its op
 from fxopt.inspection.live_memory import LiveMemory
 from fxopt.inspection.repetition import Key
-from fxopt.kernels.linear_cross_entropy import workspace_bytes
+from fxopt.kernels import linear_cross_entropy, linear_log_prob
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -200,6 +200,16 @@ def _loss_flops(hidden: Any, weight: Any, bias: Any, labels: Any, *rest: Any, ou
     return 2 * hidden.shape[0] * weight.numel() * (1 + want_hidden + want_weight)
 
 
+def _log_prob_flops(hidden: Any, weight: Any, *args: Any, out_val: Any = None) -> int:
+    return int(2 * hidden.shape[0] * weight.numel())
+
+
+def _log_prob_backward_flops(*args: Any, out_val: Any = None) -> int:
+    """One product for the logits, again, and one for each gradient. Every label counts."""
+    (hidden, weight), (want_hidden, want_weight) = args[3:5], args[-3:-1]
+    return int(2 * hidden.shape[0] * weight.numel() * (1 + want_hidden + want_weight))
+
+
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return int(sdpa_flop_count(query.shape, _like(key, query), _like(value, query)))
 
@@ -220,7 +230,9 @@ _FREE = {
     aten.new_empty_strided, aten.lift_fresh, aten.sym_size, aten.sym_stride, aten.sym_numel,
 }  # fmt: skip
 _WORKSPACE: dict[Any, Callable[..., int]] = {
-    torch.ops.fxopt.linear_cross_entropy: workspace_bytes,
+    torch.ops.fxopt.linear_cross_entropy: linear_cross_entropy.workspace_bytes,
+    torch.ops.fxopt.linear_log_prob: linear_log_prob.workspace_bytes,
+    torch.ops.fxopt.linear_log_prob_backward: linear_log_prob.backward_workspace_bytes,
 }
 _GATHERING = {aten.embedding, aten.index, aten.index_select, aten.gather}  # they read as much as they yield
 _FLOPS: dict[Any, Callable[..., Any]] = {
@@ -231,4 +243,6 @@ _FLOPS: dict[Any, Callable[..., Any]] = {
     torch.ops.fxopt.interval_attention: _attention_flops,
     torch.ops.fxopt.interval_attention_backward: _attention_backward_flops,
     torch.ops.fxopt.linear_cross_entropy: _loss_flops,
+    torch.ops.fxopt.linear_log_prob: _log_prob_flops,
+    torch.ops.fxopt.linear_log_prob_backward: _log_prob_backward_flops,
 }

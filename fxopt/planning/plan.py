@@ -17,7 +17,7 @@ from fxopt.inspection.configurations import check_sizes, sequence_for
 from fxopt.inspection.fake_models import fake_model, source_of
 from fxopt.inspection.numbers import bytes_of, in_bytes, in_count
 from fxopt.kernels.adamw import workspace_bytes
-from fxopt.planning.simulate import Moment, Simulation, graph_key, optimizer_bytes
+from fxopt.planning.simulate import Moment, Simulation, Step, graph_key, optimizer_bytes
 from fxopt.precision.policy import Policy
 from fxopt.precision.presets import choose, computes_bfloat16, device_memory, resolve
 from fxopt.printing import as_text
@@ -82,6 +82,7 @@ class Plan:
     recommended: Row | None
     why: str
     notes: tuple[str, ...] = ()
+    num_micro_batches: int = 1
 
     def __rich__(self) -> RenderableType:
         from fxopt.planning.render import as_table
@@ -111,6 +112,7 @@ def plan(
     sequence_length: int | None = None,
     memory: int | str | None = None,
     num_devices: int = 1,
+    num_micro_batches: int = 1,
     accuracy: Accuracy = "normal",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
@@ -127,6 +129,9 @@ def plan(
         sequence_length: tokens in each row; 2048, or the most that the model takes.
         memory: of one device, in bytes, or as in "24GB". None: of this machine's.
         num_devices: shard weights, gradients and optimizer states over so many (FSDP).
+        num_micro_batches: backward passes in a step, each of `batch_size` rows. From two on, all gradients are there
+            throughout the step, released ones too until the last pass, and beside each bfloat16 gradient lie two bytes
+            of what its sum has not room for (none where gradients are sharded).
         accuracy: how much depends on the last digit of the loss: "critical", "normal" or "tolerant". It decides which
             policies are recommended first.
         on_progress: called before each simulation with what it is of, its number, and how many there are.
@@ -140,7 +145,7 @@ def plan(
     policies = [policies] if isinstance(policies, str | Policy) else policies
     if not policies:
         raise ValueError("policies is empty; it takes presets' names or policies")
-    check_sizes(batch_size=batch_size, num_devices=num_devices, memory=memory)
+    check_sizes(batch_size=batch_size, num_devices=num_devices, num_micro_batches=num_micro_batches, memory=memory)
     if accuracy not in get_args(Accuracy):
         raise ValueError(f"unknown accuracy {accuracy!r}; known: {', '.join(get_args(Accuracy))}")
     source, config = source_of(model)
@@ -151,7 +156,7 @@ def plan(
     asked = (choose(like, memory=budget)[0] if policy == "auto" else resolve(policy) for policy in policies)
     resolved = list(dict.fromkeys(asked))
     limit = budget if batch_size is None and memory is not None else None
-    planner = _Planner(source, sequence_length, num_devices, batch_size or 1, limit)
+    planner = _Planner(source, sequence_length, num_devices, batch_size or 1, limit, num_micro_batches > 1)
     rows: list[Row] = []
     jobs = [(policy, checkpointing) for policy in resolved for checkpointing in (False, True)]
     for number, (policy, checkpointing) in enumerate(jobs):
@@ -171,6 +176,7 @@ def plan(
         recommended=recommended,
         why=why,
         notes=tuple(dict.fromkeys(notes)),
+        num_micro_batches=num_micro_batches,
     )
 
 
@@ -202,9 +208,10 @@ class _Planner:
         num_devices: int,
         batch_size: int,
         limit: int | None,
+        accumulates: bool = False,
     ):
         self.source, self.sequence_length, self.num_devices = source, sequence_length, num_devices
-        self.batch_size, self.limit = batch_size, limit
+        self.batch_size, self.limit, self.accumulates = batch_size, limit, accumulates
         self.notes: list[str] = []
         self._simulations: dict[Hashable, Simulation] = {}  # policies that differ in their states alone share one
         self._states: dict[Policy, int] = {}
@@ -235,8 +242,10 @@ class _Planner:
         gathered = gathered_bytes(simulation) if share > 1 else 0
 
         def row(batch_size: int) -> Row:
-            step = simulation.step(batch_size, self.sequence_length)
-            if release:  # one gradient is used up while the activations before it are still there
+            step = simulation.step(batch_size, self.sequence_length, self.accumulates)
+            if step.summed is not None:
+                moments = self._while_summing(step, step.summed, policy, release, gathered)
+            elif release:  # one gradient is used up while the activations before it are still there
                 workspace = _update_workspace(step.largest_gradient, policy)
                 moments = [(step.released, gathered), (replace(step.at_update, workspace=workspace), gathered)]
             else:
@@ -262,6 +271,19 @@ class _Planner:
             return row(self.batch_size)
         largest = largest_batch(lambda batch_size: row(batch_size).peak, self.limit)
         return row(largest) if largest else replace(row(1), batch_size=0)
+
+    def _while_summing(
+        self, step: Step, summed: Moment, policy: Policy, release: bool, gathered: int
+    ) -> list[tuple[Moment, int]]:
+        """The moments of a step of several backward passes that may take most, and what is gathered then."""
+        gradients = step.gradients + (step.residuals if self.num_devices == 1 else 0)
+        used_at_once = step.largest_gradient if release else -(-step.gradients // self.num_devices)
+        workspace = _update_workspace(used_at_once, policy)
+        if release:  # the first gradient of the last pass is used up while all the others are there
+            last = replace(step.at_update, gradients=gradients, workspace=workspace), gathered
+        else:
+            last = Moment(0, gradients, workspace, "the optimizer's step"), 0
+        return [(replace(summed, gradients=gradients), gathered), last]
 
 
 def _update_workspace(gradients: int, policy: Policy) -> int:

@@ -2,7 +2,7 @@
 
 schema            "fxopt.plan"
 version           1; within it fields are added and none is changed or dropped
-model, num_parameters, sequence_length, num_devices, memory, is_largest, why, notes
+model, num_parameters, sequence_length, num_devices, num_micro_batches, memory, is_largest, why, notes
                   the fields of `plan.Plan`
 rows              the fields of `plan.Row`, and `peak`
 recommended       an index into rows, or null
@@ -27,10 +27,11 @@ from fxopt.printing import WithoutControls
 
 def headline(plan: Plan) -> str:
     devices = f", sharded over {plan.num_devices} devices" if plan.num_devices > 1 else ""
+    times = f", {plan.num_micro_batches} times" if plan.num_micro_batches > 1 else ""
     rows = "the most rows" if plan.is_largest else in_rows(plan.rows[0].batch_size) if plan.rows else "rows"
     return (
         f"{plan.model}, {in_count(plan.num_parameters)} parameters: a training step of {rows} × {plan.sequence_length} "
-        f"tokens{devices}, in {in_bytes(plan.memory)}"
+        f"tokens{times}{devices}, in {in_bytes(plan.memory)}"
     )
 
 

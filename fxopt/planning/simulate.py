@@ -48,6 +48,8 @@ class Step:
     released: Moment
     at_update: Moment  # the most that is there when a gradient is complete, that gradient included
     largest_gradient: int
+    residuals: int  # what is kept beside gradients that are summed over several backward passes
+    summed: Moment | None = None  # of a backward pass that finds the gradients of another; these left out
 
 
 class Simulation:
@@ -76,45 +78,58 @@ class Simulation:
         self._meter: Meter | None = None
         self._num_shards = num_shards
         self._at_update = Peak()
-        self._steps: dict[tuple[int, int], Step] = {}
+        self._steps: dict[tuple[int, int, bool], Step] = {}
         self._nodes: dict[tuple[str, str], fx.Node] = {}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._note_gradient)
 
-    def step(self, batch_size: int, sequence_length: int) -> Step:
-        """A step of `batch_size` rows of `sequence_length` tokens, each with a label. Raises what the model raises."""
-        shape = batch_size, sequence_length
+    def step(self, batch_size: int, sequence_length: int, accumulates: bool = False) -> Step:
+        """A step of `batch_size` rows of `sequence_length` tokens, each with a label. Raises what the model raises.
+
+        accumulates: whether it has more such batches; `summed` is then the second.
+        """
+        shape = batch_size, sequence_length, accumulates
         if shape not in self._steps:
             self._steps[shape] = self._step(*shape)
         return self._steps[shape]
 
-    def _step(self, batch_size: int, sequence_length: int) -> Step:
+    def _step(self, batch_size: int, sequence_length: int, accumulates: bool) -> Step:
         with self._mode:
             call = labelled_batch(batch_size, sequence_length)
             self.forward.capture(dict(call))  # graphs that are new run once beside: compiling makes tensors too
-            self._meter = meter = Meter(self._num_shards)
-            self._at_update = Peak()
-            for tensor in (*self.model.parameters(), *self.model.buffers(), *call.values()):
-                meter.ignore(tensor)
-            try:
-                loss = self.forward.capture(dict(call)).loss
-                meter.end_forward()
-                with meter:
-                    loss.backward()
-            finally:
-                self._meter = None
+            memory = self._run(call).memory
+            at_update = self._at_update
+            summed = self._moment(self._run(call).memory.peak) if accumulates else None
         held, parameters = footprint(self.model), list(self.model.parameters())
         step = Step(
             held.weights + sum(buffer.untyped_storage().nbytes() for buffer in self.model.buffers()),
             held.gradients,
-            self._moment(meter.memory.peak),
-            self._moment(meter.memory.peak_when_released),
-            self._moment(self._at_update),
+            self._moment(memory.peak),
+            self._moment(memory.peak_when_released),
+            self._moment(at_update),
             max((p.grad.untyped_storage().nbytes() for p in parameters if p.grad is not None), default=0),
+            sum(p.grad.nbytes for p in parameters if p.grad is not None and p.grad.dtype == torch.bfloat16),
+            summed,
         )
         self.model.zero_grad()
         return step
+
+    def _run(self, call: dict[str, torch.Tensor]) -> Meter:
+        """Forward and backward under a meter, onto what gradients there are."""
+        self._meter = meter = Meter(self._num_shards)
+        self._at_update = Peak()
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *call.values(), *gradients):
+            meter.ignore(tensor)
+        try:
+            loss = self.forward.capture(dict(call)).loss
+            meter.end_forward()
+            with meter:
+                loss.backward()
+        finally:
+            self._meter = None
+        return meter
 
     def _moment(self, peak: Peak) -> Moment:
         of = peak.bytes_of

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fxopt.kernels.rounding import Rounding
+from fxopt.precision.adapters import warn_about_torchao_layers
 from fxopt.precision.boundaries import place_boundaries, remove_boundaries
 from fxopt.precision.instance_methods import give_methods, saved_policy
 from fxopt.precision.parameter_storage import is_int8, is_wrapper
@@ -25,6 +26,7 @@ from fxopt.precision.policy import (
 )
 from fxopt.precision.presets import resolve
 from fxopt.precision.roles import parameter_roles
+from fxopt.precision.stepping import watch
 
 # What can be stored in another of these without a scale. An fp8 weight is quantized: its scale lies elsewhere.
 _CONVERTIBLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +48,8 @@ def annotate(model: nn.Module, policy: str | Policy | None = None, *, emulate: b
     which moves every position). `config.dtype` follows the default's storage.
 
     The policy is noted in `model._fxopt_policy`, which copies and pickles with the model, and each parameter's
-    precision in `parameter.fxopt_precision`. `model.save_pretrained(folder)` then writes `fxopt_policy.json` beside its
+    precision in `parameter.fxopt_precision`. Another optimizer's first step warns where it would lose updates that the
+    policy keeps. `model.save_pretrained(folder)` then writes `fxopt_policy.json` beside its
     files, and plain tensors for int8 weights.
 
     policy: a preset's name, "auto", or a Policy. None: the one that the model has, or that lies in the folder that it
@@ -86,6 +89,8 @@ def annotate(model: nn.Module, policy: str | Policy | None = None, *, emulate: b
     model._fxopt_precisions = precisions  # type: ignore[assignment]
     model._fxopt_emulate = emulate  # type: ignore[assignment]
     give_methods(model)
+    warn_about_torchao_layers(model)
+    watch(model)
     return model
 
 
@@ -104,15 +109,21 @@ def parameter_precisions(model: nn.Module) -> dict[str, Precision]:
     of_model = getattr(model, "_fxopt_precisions", {})
     found: dict[str, Precision] = {}
     for name, parameter in model.named_parameters():
-        held = _held_in(parameter)
-        # A deep copy of a model keeps its attributes, but not those of its parameters.
-        noted = getattr(parameter, "fxopt_precision", of_model.get(name))
-        if isinstance(noted, Precision) and noted.storage == held:
-            found[name] = noted
-        elif held in (torch.bfloat16, torch.float32):
-            rounding: Rounding = "stochastic" if held == torch.bfloat16 else "nearest"
-            found[name] = Precision(held, held, held, rounding, "float32")
+        if (precision := parameter_precision(parameter, of_model.get(name))) is not None:
+            found[name] = precision
     return found
+
+
+def parameter_precision(parameter: Tensor, known: Precision | None = None) -> Precision | None:
+    """The precision of one parameter, as `parameter_precisions` has it; `known` where nothing is noted on it."""
+    held = _held_in(parameter)
+    noted = getattr(parameter, "fxopt_precision", known)
+    if isinstance(noted, Precision) and noted.storage == held:
+        return noted
+    if held in (torch.bfloat16, torch.float32):
+        rounding: Rounding = "stochastic" if held == torch.bfloat16 else "nearest"
+        return Precision(held, held, held, rounding, "float32")
+    return None
 
 
 def _policy_for(model: nn.Module, policy: str | Policy | None) -> tuple[Policy, bool]:
@@ -139,6 +150,7 @@ def _precisions(model: nn.Module, policy: Policy, author: dict[str, torch.dtype]
     annotated = policy_of(model) is not None
     precisions: dict[str, Precision] = {}
     unmet: dict[str, str] = {}
+    wide: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         held = _held_in(parameter)
         if held is None or (held == torch.int8 and not annotated):  # quantized by somebody else
@@ -146,6 +158,8 @@ def _precisions(model: nn.Module, policy: Policy, author: dict[str, torch.dtype]
         trainable, aliases = parameter.requires_grad, names[parameter]
         precision = policy.precision(name, roles[name], trainable, author.get(name), aliases)
         if not trainable and not policy.asks_for_storage(aliases, trainable):
+            if precision.storage == torch.int8 and held != torch.int8:
+                wide[name] = parameter.numel()
             precision = _frozen(precision, held)
         if precision.storage == torch.int8 and (parameter.dim() != 2 or hasattr(parameter, "to_local")):
             precision = Selector(name=name, storage=precision.activation).applied_to(precision)
@@ -154,6 +168,13 @@ def _precisions(model: nn.Module, policy: Policy, author: dict[str, torch.dtype]
             unmet[name] = f"torchao's {dtype_name(precision.compute)} products are for nn.Linear, in multiples of 16"
             precision = replace(precision, compute=precision.activation)
         precisions[name] = precision
+    if sum(wide.values()) > sum(p.numel() for p in model.parameters()) / 2:
+        warnings.warn(
+            f"policy {policy.name!r} quantizes what is trained: {len(wide)} frozen parameters, most of all, stay in "
+            f"{dtype_name(policy.default.activation)}. To hold them in int8, apply it before the adapters are added "
+            "(get_peft_model), or give policy 'bf16' a Selector(name='*.base_layer.weight', storage=torch.int8)",
+            stacklevel=3,
+        )
     if unmet:
         name, reason = next(iter(unmet.items()))
         warnings.warn(

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.precision.accumulation import residual_of
+
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes held now: `weights`, `gradients` and `optimizer` states, of `num_parameters` numbers (shared ones once)."""
+    """Bytes held now: `weights`, `gradients` and `optimizer` states, of `num_parameters` numbers (shared ones once).
+
+    To `gradients` belongs what is kept beside them while they are summed over several backward passes.
+    """
 
     num_parameters: int
     weights: int
@@ -42,11 +47,13 @@ def footprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
     these; of a sharded one, this rank's part. Works on fake tensors.
     """
     parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    residuals = [kept for gradient in gradients if (kept := residual_of(gradient)) is not None]
     states = optimizer.state.values() if optimizer is not None else ()
     return Footprint(
         num_parameters=sum(parameter.numel() for parameter in parameters),
         weights=_bytes(parameters),
-        gradients=_bytes([parameter.grad for parameter in parameters if parameter.grad is not None]),
+        gradients=_bytes([*gradients, *residuals]),
         optimizer=_bytes(states),
     )
 

@@ -28,6 +28,9 @@ class _Method:
         self.model = model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+        for parameter in self.model.parameters():  # which have been copied, without their attributes
+            if (copied := memo.get(id(parameter))) is not None and hasattr(parameter, "fxopt_precision"):
+                copied.fxopt_precision = parameter.fxopt_precision
         return type(self)(copy.deepcopy(self.model, memo))
 
     def __reduce__(self) -> Any:
@@ -46,7 +49,7 @@ class SavePretrained(_Method):
         call = inspect.signature(original).bind(self.model, save_directory, *args, **kwargs)
         state: dict[str, Any] | None = call.arguments.get("state_dict") or kwargs.get("state_dict")
         if any(is_int8(value) for value in (state or dict(self.model.named_parameters())).values()):
-            kwargs["state_dict"] = _plain(state or self.model.state_dict())
+            kwargs["state_dict"] = plain_state_dict(state or self.model.state_dict())
         result = original(self.model, save_directory, *args, **kwargs)
         policy = getattr(self.model, "_fxopt_policy", None)
         if policy is not None and call.arguments.get("is_main_process", True):
@@ -125,9 +128,9 @@ def saved_policy(model: nn.Module) -> Policy | None:
     return Policy.load(path) if path is not None and path.is_file() else None
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
+def plain_state_dict(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict with plain tensors for int8 weights; what is shared stays shared."""
-    from fxopt.precision.quantized import dequantized
+    from fxopt.precision.int8_weight import dequantized
 
     widened: dict[int, Tensor] = {}
     plain = dict(state)
@@ -140,14 +143,24 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def original_forwards(model: nn.Module) -> nn.Module:
-    """`model`, and every module in it, with the forward that `fxopt.optimize` found, in place: for copies.
+# Where a module that fxopt.optimize has prepared holds what its forward asks (`fxopt/entries.py`).
+ENTRY = "_fxopt_entry"
 
-    A policy is about the eager model, which no compiler delays.
+
+def is_optimized(forward: Any) -> bool:
+    """Whether `forward` is the method that fxopt.optimize gave a module."""
+    return hasattr(getattr(forward, "__func__", forward), "fxopt_original")
+
+
+def original_forwards(model: nn.Module) -> nn.Module:
+    """`model`, and every module in it, with the forward that `fxopt.optimize` found, in place.
+
+    Who has replaced it since stays. A policy is about the eager model, which no compiler delays.
     """
     for module in model.modules():
-        while (forward := module.__dict__.get("forward")) is not None and hasattr(forward, "replaced"):
+        entry = module.__dict__.pop(ENTRY, None)
+        if entry is not None and is_optimized(module.__dict__.get("forward")):
             del module.__dict__["forward"]
-            if forward.replaced is not None:
-                module.__dict__["forward"] = forward.replaced
+            if entry.replaced is not None:
+                module.__dict__["forward"] = entry.replaced
     return model

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fxopt.kernels.rounding import Rounding
 from fxopt.precision import optimizer_states
-from fxopt.precision.annotate import parameter_precisions
+from fxopt.precision.accumulation import AccumulatedGradients
+from fxopt.precision.annotate import parameter_precision, parameter_precisions
 from fxopt.precision.gradient_clipping import ClipBy, GradientClipping
 from fxopt.precision.optimizer_kinds import RULES, Item, Kind
 from fxopt.precision.param_group import check_options, check_parameter, name_of, place_of
@@ -58,7 +59,7 @@ def optimizer(
         options = {
             "weight_decay": 0.0 if roles[name] in exempt else weight_decay,
             "kind": "adamw" if kind == "muon" and not _is_muons(parameter, roles[name]) else kind,
-            **_rounding_and_state(precisions.get(name) or getattr(parameter, "fxopt_precision", None)),
+            **rounding_and_state(precisions.get(name) or getattr(parameter, "fxopt_precision", None)),
         }
         group = groups.setdefault(tuple(options.values()), {"params": [], **options})
         group["params"].append((name, parameter))
@@ -89,6 +90,8 @@ class Optimizer(torch.optim.Optimizer):
     rounding: of bfloat16 parameters: "stochastic", "nearest" or "kahan". int8 parameters are rounded stochastically.
     optimizer_state: "float32", "8bit" or "4bit" (torchao's; tensors under 4096 elements, or not a whole number of
         blocks, stay float32).
+        Both are None for what each parameter's policy says, or "stochastic" and "float32" where it has none: a group
+        whose parameters differ in this becomes several, each with the other options of the group.
     seed: of the noise, a pure function of (seed, number of the parameter's step, place of the parameter): training
         resumed from `state_dict` continues bit by bit.
 
@@ -104,9 +107,14 @@ class Optimizer(torch.optim.Optimizer):
         (the first step, which has none before it, is clipped as "parameter"), and "parameter", which clips each
         gradient by its own norm.
 
+    Gradients that several backward passes leave in bfloat16 are summed in float32, and `.grad` is their sum, rounded
+    once (`fxopt.precision.accumulation`).
+
     State per parameter, as in torch: `step` () float32 on the CPU; AdamW's `exp_avg`, `exp_avg_sq` (...); with kahan
     rounding also `compensation` (...) bfloat16.
     """
+
+    rounds_as_policies_say = True
 
     def __init__(
         self,
@@ -119,8 +127,8 @@ class Optimizer(torch.optim.Optimizer):
         kind: Kind = "adamw",
         momentum: float | None = None,
         nesterov: bool | None = None,
-        rounding: Rounding = "stochastic",
-        optimizer_state: OptimizerState = "float32",
+        rounding: Rounding | None = None,
+        optimizer_state: OptimizerState | None = None,
         release_gradients: bool = False,
         clip_grad_norm: float | None = None,
         clip_by: ClipBy = "global",
@@ -141,24 +149,33 @@ class Optimizer(torch.optim.Optimizer):
         }
         self._clipping = GradientClipping(clip_grad_norm, clip_by, released=release_gradients)
         self._in_backward = UpdateInBackward() if release_gradients else None
+        self._accumulated = AccumulatedGradients()
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
         self._observers: list[UpdateObserver] = []
         super().__init__(cast(Any, params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as `torch.optim.Optimizer` does; refuses parameters and options that cannot be trained with."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        """Adds a group, or the groups it becomes, as `torch.optim.Optimizer` does.
+
+        Refuses parameters and options that cannot be trained with, and then adds nothing.
+        """
+        before = len(self.param_groups)
         try:
-            check_options(group)
-            optimizer_states.load(group["optimizer_state"])
-            for place, parameter in enumerate(group["params"]):
-                if parameter.requires_grad:
-                    check_parameter(parameter, group, place)
+            for group in _by_precision({**self.defaults, **param_group}, param_group):
+                self._add_one_group(group)
         except Exception:
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
         self._take_places()
+
+    def _add_one_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_options(group)
+        optimizer_states.load(group["optimizer_state"])
+        for place, parameter in enumerate(group["params"]):
+            if parameter.requires_grad:
+                check_parameter(parameter, group, place)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -178,6 +195,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._in_backward is not None:
             self._in_backward.attach(self, self._places)  # model.to() may have taken hooks away
             self._in_backward.start_over()
+        self._accumulated.start_over()
         return loss
 
     @torch.no_grad()
@@ -220,6 +238,7 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. With released gradients it also forgets a backward pass that was broken off."""
         super().zero_grad(set_to_none)
+        self._accumulated.start_over()
         if self._in_backward is not None:
             self._in_backward.start_over()
 
@@ -250,6 +269,7 @@ class Optimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             "_clipping": self._clipping,
             "_in_backward": self._in_backward,
+            "_accumulated": self._accumulated,
             "_observers": [],
         }
 
@@ -265,6 +285,7 @@ class Optimizer(torch.optim.Optimizer):
         """Group and place of each parameter: groups change in `add_param_group` and `load_state_dict` alone."""
         parameters = ((parameter, group) for group in self.param_groups for parameter in group["params"])
         self._places = {parameter: (group, index) for index, (parameter, group) in enumerate(parameters)}
+        self._accumulated.attach(tuple(self._places))
         if self._in_backward is not None:
             self._in_backward.attach(self, self._places)
 
@@ -347,12 +368,29 @@ class _Kept:
         return loaded
 
 
-def _rounding_and_state(precision: Precision | None) -> dict[str, Any]:
+def rounding_and_state(precision: Precision | None) -> dict[str, Any]:
+    """The options of `Optimizer` that a parameter's precision asks for."""
     if precision is None:
         return {"rounding": "stochastic", "optimizer_state": "float32"}
     # What is stored in float32 is not rounded; but should a policy that comes later store it in bfloat16, it must be.
     rounding = "stochastic" if precision.storage == torch.float32 else precision.rounding
     return {"rounding": rounding, "optimizer_state": precision.optimizer_state}
+
+
+def _by_precision(options: dict[str, Any], param_group: dict[str, Any]) -> list[dict[str, Any]]:
+    """`param_group` with the rounding and states that its `options` leave to the policy: one group for each choice."""
+    left = [name for name in ("rounding", "optimizer_state") if options[name] is None]
+    params = param_group["params"]
+    if not left or isinstance(params, set):  # which torch refuses, in its words
+        return [param_group]
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in [params] if isinstance(params, Tensor) else params:
+        parameter = entry[1] if isinstance(entry, tuple) else entry
+        asked = rounding_and_state(parameter_precision(parameter) if isinstance(parameter, Tensor) else None)
+        chosen = {name: asked[name] for name in left}
+        group = groups.setdefault(tuple(chosen.values()), {**param_group, **chosen, "params": []})
+        group["params"].append(entry)
+    return list(groups.values()) or [{**param_group, **rounding_and_state(None)}]
 
 
 def _is_muons(parameter: Tensor, role: Role) -> bool:

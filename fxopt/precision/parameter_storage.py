@@ -115,9 +115,9 @@ class _Int8Rows:
 
     def write(self, start: int, values: Tensor) -> None:
         stored_codes, stored_scale = self._rows(start, start + values.numel())
-        scale = _divisor(stored_scale.float()[:, None])
+        scale = divisor(stored_scale.float()[:, None])
         codes = values.view(-1, self.alignment).div_(scale)
-        fits = _within(codes, _LARGEST_CODE + 1)
+        fits = scale_serves(codes, LARGEST_CODE + 1)
         is_gpu = values.device.type != "cpu"  # which is not asked whether all rows fit: that would wait for it
         if is_gpu or not fits.all():
             codes = torch.where(fits, self._draw(codes.clone(), start, 0), codes)
@@ -125,11 +125,11 @@ class _Int8Rows:
             codes = self._draw(codes, start, 0)
         # A code that was drawn too large is rounded again as it was drawn: had the value been taken instead, only what
         # chance made larger would have been put right, and the row would on average be too small.
-        fits &= _within(codes, _LARGEST_CODE)
+        fits &= scale_serves(codes, LARGEST_CODE)
         if is_gpu or not fits.all():
-            fresh = codes.abs().amax(1, keepdim=True) * scale / _FRESH_LARGEST_CODE
+            fresh = codes.abs().amax(1, keepdim=True) * scale / FRESH_LARGEST_CODE
             fresh = fresh.to(stored_scale.dtype).float()
-            codes = torch.where(fits, codes, self._draw(codes * (scale / _divisor(fresh)), start, 1))
+            codes = torch.where(fits, codes, self._draw(codes * (scale / divisor(fresh)), start, 1))
             scale = torch.where(fits, scale, fresh)
         stored_codes.copy_(codes)
         stored_scale.copy_(scale.view(-1))
@@ -156,16 +156,16 @@ class _Int8Rows:
         return values.sub_(below).add_(noise).floor_().add_(below)
 
 
-_LARGEST_CODE = 127
-_FRESH_LARGEST_CODE = 124  # of a row with a new scale: it has room to grow
+LARGEST_CODE = 127
+FRESH_LARGEST_CODE = 124  # of a row with a new scale: it has room to grow
 
 
-def _divisor(scale: Tensor) -> Tensor:
+def divisor(scale: Tensor) -> Tensor:
     """`scale`, but 1 for a row of zeros, which has none."""
     return torch.where(scale > 0, scale, 1.0)
 
 
-def _within(codes: Tensor, most: int) -> Tensor:
+def scale_serves(codes: Tensor, most: int) -> Tensor:
     """Which rows of `codes` (rows, columns) their scale serves: (rows, 1)."""
     largest = codes.abs().amax(1, keepdim=True)
-    return (largest <= most) & (largest >= 0.75 * _LARGEST_CODE)
+    return (largest <= most) & (largest >= 0.75 * LARGEST_CODE)

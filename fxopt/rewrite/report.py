@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,35 +38,62 @@ class GraphRecord:
     def hits(self) -> Counter[str]:
         return Counter(change.op for record in self.passes for change in record.outcome.changes)
 
+    @property
+    def num_rewrites(self) -> int:
+        return sum(len(record.outcome.changes) for record in self.passes)
+
 
 @dataclass
 class Report:
     """The report of one optimized model. Print it, or read its parts.
 
+    `optimized`: how many calls ran through graphs, by the module that was called ('' is the model itself).
     `graphs`: one `GraphRecord` per captured graph, in order of capture.
     `graph_breaks`: where Dynamo had to break a graph in two and why, as `file.py:line: reason`, and how often.
     `fallbacks`: why a call that fxopt covers ran the original forward all the same, and how often.
-    `uncovered`: why a call went to the original forward by design (no labels, a cache, …), and how often.
+    `uncovered`: why a call went to the original forward by design (no gradient, a cache, …), and how often.
     `logits_computed`: how often the logits of an optimized call were read, and so computed.
+    `under_compiler`: how many calls came from code that torch.compile compiles: fxopt's graphs ran inside it.
+    `autocast`: whether a call came under autocast, beside the policy.
+    `forward_replaced`: who has put another forward in the place of fxopt's, or around it; or ''.
+    `optimizer`: which optimizer steps the parameters; '' if none did. `optimizer_warning`: what it loses, or ''.
     """
 
     model: str
     policy: str
+    optimized: Counter[str] = field(default_factory=Counter)
     graphs: list[GraphRecord] = field(default_factory=list)
     graph_breaks: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     uncovered: Counter[str] = field(default_factory=Counter)
     logits_computed: int = 0
+    under_compiler: int = 0
+    autocast: bool = False
+    forward_replaced: str = ""
+    optimizer: str = ""
+    optimizer_warning: str = ""
+    # Of each kind of call, the graphs that it ran, one as often as it was run: those of the call with most rewrites.
+    _runs: dict[int, list[GraphRecord]] = field(default_factory=dict, repr=False)
+
+    def note_call(self, entry: str, kind: int, graphs: Sequence[GraphRecord]) -> None:
+        """Notes that a call of the module `entry` has run `graphs`, in this order."""
+        self.optimized[entry] += 1
+        known = self._runs.get(kind)
+        if known is not None and len(known) == len(graphs) and all(map(operator.is_, known, graphs)):
+            return
+        if known is None or _num_rewrites(graphs) >= _num_rewrites(known):
+            self._runs[kind] = list(graphs)
 
     @property
     def hits(self) -> dict[str, int]:
-        """Op name → number of sites in the model. A site that is captured again does not count again."""
-        kinds: dict[int, Counter[str]] = {}
-        for graph in self._latest():
-            kinds[graph.kind] = kinds.get(graph.kind, Counter()) + graph.hits()
+        """Op name → number of sites in the model.
+
+        A site that another kind of call captures again does not count again; one graph that serves several layers
+        counts for each.
+        """
         found: Counter[str] = Counter()
-        for hits in kinds.values():
-            found |= hits  # the larger count of the two: another kind of call captures the same sites again
+        for graphs in self._runs_of_kinds().values():
+            found |= sum((graph.hits() for graph in graphs), Counter[str]())
         return dict(found)
 
     @property
@@ -112,24 +140,28 @@ class Report:
                 for graph in self.graphs
             ],
             "recompiles": self.recompiles,
+            "optimized": dict(self.optimized),
             "graph_breaks": dict(self.graph_breaks),
             "fallbacks": dict(self.fallbacks),
             "uncovered": dict(self.uncovered),
             "logits_computed": self.logits_computed,
+            "under_compiler": self.under_compiler,
+            "autocast": self.autocast,
+            "forward_replaced": self.forward_replaced,
+            "optimizer": self.optimizer,
+            "optimizer_warning": self.optimizer_warning,
         }
 
     def __str__(self) -> str:
         return as_text(self, width=120)
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(self._headline(), style="bold")]
+        parts: list[RenderableType] = [Text(self._headline(), style="bold"), *self._circumstances()]
         if self.graphs:
             parts.append(self._table())
         parts += _reasons("near misses (not rewritten)", self.near_misses)
         parts += _reasons("refused by the proof", self.refused)
         parts += [Text(f"graph break at {reason}", style="dim") for reason in self.graph_breaks]
-        parts += [Text(f"fell back {n}×: {reason}", style="yellow") for reason, n in self.fallbacks.items()]
-        parts += [Text(f"ran the original forward {n}×: {reason}", style="dim") for reason, n in self.uncovered.items()]
         if self.logits_computed:
             parts.append(
                 Text(
@@ -137,6 +169,36 @@ class Report:
                 )
             )
         return Group(*parts)
+
+    def _circumstances(self) -> list[RenderableType]:
+        """What ran, what did not and why, and who else has a hand in it."""
+        lines: list[RenderableType] = []
+        if self.optimized:
+            by = ", ".join(f"{n} of {name or 'the model itself'}" for name, n in self.optimized.items())
+            where = "" if list(self.optimized) == [""] else f": {by}"
+            total = self.optimized.total()
+            lines.append(Text(f"{total} optimized call{'s' * (total != 1)}{where}"))
+        lines += [Text(f"fell back {n}×: {reason}", style="yellow") for reason, n in self.fallbacks.items()]
+        lines += [Text(f"ran the original forward {n}×: {reason}", style="dim") for reason, n in self.uncovered.items()]
+        if self.forward_replaced:
+            lines.append(Text(f"the model's forward: {self.forward_replaced}", style="yellow"))
+        if self.under_compiler:
+            lines.append(
+                Text(
+                    f"called {self.under_compiler}× from inside torch.compile, which leaves the model to fxopt's "
+                    'graphs; backend="inductor" compiles these further',
+                    style="yellow",
+                )
+            )
+        if self.autocast:
+            lines.append(
+                Text("called under autocast, which casts beside the policy: leave bf16= and fp16= off", style="yellow")
+            )
+        if self.optimizer:
+            lines.append(Text(f"parameters are stepped by {self.optimizer}", style="dim"))
+        if self.optimizer_warning:
+            lines.append(Text(self.optimizer_warning, style="yellow"))
+        return lines
 
     def _headline(self) -> str:
         if not self.graphs:
@@ -168,13 +230,24 @@ class Report:
         return table
 
     def _latest(self) -> list[GraphRecord]:
-        """The graph of each piece of code that has the most rewrites, the latest among equals."""
+        """The graphs of each kind of call, each once."""
+        return list({id(graph): graph for graphs in self._runs_of_kinds().values() for graph in graphs}.values())
+
+    def _runs_of_kinds(self) -> dict[int, list[GraphRecord]]:
+        """Of kinds of call that did not come to an end: of each piece of code the graph that has the most rewrites."""
         best: dict[tuple[int, int], GraphRecord] = {}
         for graph in self.graphs:
             known = best.get((graph.kind, graph.frame))
-            if known is None or graph.hits().total() >= known.hits().total():
+            if graph.kind not in self._runs and (known is None or _num_rewrites([graph]) >= _num_rewrites([known])):
                 best[graph.kind, graph.frame] = graph
-        return list(best.values())
+        runs = dict(self._runs)
+        for graph in best.values():
+            runs.setdefault(graph.kind, []).append(graph)
+        return runs
+
+
+def _num_rewrites(graphs: Sequence[GraphRecord]) -> int:
+    return sum(graph.num_rewrites for graph in graphs)
 
 
 def _reasons(title: str, found: Sequence[NearMiss | Refused]) -> list[RenderableType]:

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.kernels import KERNELS, TARGETS, compile_ahead, resources
 from fxopt.kernels.backend import TRITON_DEVICES
 from fxopt.kernels.linear_cross_entropy import _Options
+from fxopt.kernels.log_prob_rows import LogitOptions
 from fxopt.kernels.rope import LAYOUTS, _orders
 
 pytestmark = [
@@ -16,29 +17,33 @@ pytestmark = [
 ]
 
 
-# The options of the loss are constants of its kernel.
-LOSSES = [name for name in KERNELS if name.startswith("linear_cross_entropy")]
-OPTIONS: dict[str, dict[str, float]] = {
-    "logit_scale": {"logit_scale": 0.0625},
-    "softcap": {"softcap": 30.0},
-    "label_smoothing": {"label_smoothing": 0.1},
-    "z_loss": {"z_loss": 1e-4},
+# The options of the loss and of log-probabilities are constants of their kernels.
+OPTIONS: dict[str, float] = {
+    "logit_scale": 0.0625,
+    "softcap": 30.0,
+    "label_smoothing": 0.1,
+    "z_loss": 1e-4,
+    "temperature": 0.7,
 }
-OPTIONS["all"] = {name: value for options in OPTIONS.values() for name, value in options.items()}
+ON_THE_HEAD = {
+    name: _Options._fields if name.startswith("linear_cross_entropy") else LogitOptions._fields
+    for name in KERNELS
+    if name.startswith("linear_")
+}
 
 
 @pytest.fixture
 def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives the loss's kernels the options named by the test's parameter, or none."""
-    values = _Options(**OPTIONS.get(request.param, {}))
-    for name in LOSSES:
+    """Gives the kernels on the output head the option named by the test's parameter, all that they have, or none."""
+    for name, fields in ON_THE_HEAD.items():
         kernel, constants, pointers = KERNELS[name]
-        constants = constants | {option.upper(): value for option, value in values._asdict().items()}
-        monkeypatch.setitem(KERNELS, name, (kernel, constants, pointers))
+        chosen = {field.upper(): OPTIONS[field] for field in fields if request.param in (field, "all")}
+        monkeypatch.setitem(KERNELS, name, (kernel, constants | chosen, pointers))
 
 
-CASES = [(name, "") for name in KERNELS] + [(name, "all") for name in LOSSES]
-EVERY_CASE = [(name, "") for name in KERNELS] + [(name, options) for name in LOSSES for options in OPTIONS]
+CASES = [(name, "") for name in KERNELS] + [(name, "all") for name in ON_THE_HEAD]
+EVERY_CASE = [(name, "") for name in KERNELS]
+EVERY_CASE += [(name, option) for name, fields in ON_THE_HEAD.items() for option in (*fields, "all")]
 
 
 @pytest.mark.parametrize("target", TARGETS)

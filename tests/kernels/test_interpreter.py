@@ -19,6 +19,7 @@ FILES = (
     "relu_squared",
     "rope",
     "linear_cross_entropy",
+    "linear_log_prob",
     "adamw_triton",
 )
 

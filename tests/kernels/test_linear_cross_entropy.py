@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import linear_cross_entropy as kernel
+from fxopt.kernels import linear_head
 from fxopt.kernels.backend import compute_dtype
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.accuracy import assert_op_as_accurate, outputs_and_gradients
@@ -41,9 +42,9 @@ def assert_accurate(*args: Any, **options: Any) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(kernel, "_SOFTMAX_BYTES", 5000)
-    monkeypatch.setattr(kernel, "_VOCABULARY_BLOCK", 30)
+    monkeypatch.setattr(linear_head, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(linear_head, "SOFTMAX_BYTES", 5000)
+    monkeypatch.setattr(linear_head, "VOCABULARY_BLOCK", 30)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -258,19 +259,9 @@ def test_never_holds_the_logits(softmax: str, device: str, monkeypatch: Any) -> 
     if not seen:
         pytest.skip(f"{softmax} is not what this device runs")
     num_kept = int((labels != -100).sum())
-    assert sum(rows for rows, _ in seen) == -(-num_kept // kernel.ROW_MULTIPLE) * kernel.ROW_MULTIPLE < 100
-    assert max(rows for rows, _ in seen) <= kernel.CHUNK_ROWS
+    assert sum(rows for rows, _ in seen) == -(-num_kept // linear_head.ROW_MULTIPLE) * linear_head.ROW_MULTIPLE < 100
+    assert max(rows for rows, _ in seen) <= linear_head.CHUNK_ROWS
     assert len({address for _, address in seen}) == 1
-
-
-@pytest.mark.parametrize(("place", "most_bytes"), [("cpu", kernel.CHUNK_BYTES), ("cuda", kernel.GPU_CHUNK_BYTES)])
-def test_chunks_bound_the_buffer(place: str, most_bytes: int) -> None:
-    for num_rows, row_bytes in ((0, 8), (1, 8), (513, 98304), (10_000, 512 * 1024), (3, most_bytes * 2)):
-        chunks = kernel._chunks(num_rows, row_bytes, torch.device(place))
-        assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
-        lengths = [chunk.stop - chunk.start for chunk in chunks]
-        assert all(n <= kernel.CHUNK_ROWS and (n == 1 or n * row_bytes <= most_bytes) for n in lengths)
-        assert not lengths or max(lengths) - min(lengths) <= 1
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

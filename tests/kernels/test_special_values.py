@@ -15,6 +15,7 @@ from fxopt.kernels import (
     glu,
     layer_norm,
     linear_cross_entropy,
+    linear_log_prob,
     relu_squared,
     rms_norm,
     rope,
@@ -31,6 +32,10 @@ def leaf(*shape: int) -> Tensor:
 
 def loss_inputs() -> list[Any]:
     return [leaf(6, WIDTH), leaf(VOCABULARY, WIDTH), torch.randint(0, VOCABULARY, (6,))]
+
+
+def floats_of(function: Callable[..., linear_log_prob.LogProbs]) -> Callable[..., tuple[Any, ...]]:
+    return lambda *args, **options: function(*args, with_entropy=True, **options)[:3]
 
 
 Case = tuple[Callable[..., Any], Callable[..., Any], Callable[[], list[Any]], dict[str, Any]]
@@ -83,6 +88,18 @@ CASES: dict[str, Case] = {
         linear_cross_entropy.linear_cross_entropy_reference,
         loss_inputs,
         ALL_OPTIONS,
+    ),
+    "linear_log_prob": (
+        floats_of(linear_log_prob.linear_log_prob),
+        floats_of(linear_log_prob.linear_log_prob_reference),
+        loss_inputs,
+        {},
+    ),
+    "linear_log_prob, all options": (
+        floats_of(linear_log_prob.linear_log_prob),
+        floats_of(linear_log_prob.linear_log_prob_reference),
+        loss_inputs,
+        {"softcap": 5.0, "temperature": 0.7},
     ),
 }
 

@@ -15,6 +15,7 @@ import fxopt
 import fxopt.planning.plan as planning
 from benchmarks.plan_accuracy import allocated_at_most
 from fxopt.capture import OptimizedForward
+from fxopt.cli import main
 from fxopt.planning.plan import PARTS, Plan, Row, largest_batch, recommend
 from fxopt.planning.simulate import Simulation
 
@@ -76,6 +77,47 @@ def test_the_peak_is_that_of_a_real_step(policy, tied, shape, indices):
         # In which order parameters are updated is not known: the noise is drawn for the first, the largest has copies.
         more = 5_000_000 if row.release_gradients else 0
         assert 0.95 * real <= row.peak <= 1.05 * real + more, row
+
+
+def test_a_step_of_several_micro_batches():
+    """All gradients are there throughout, with what their sums have not room for; released ones until the last pass."""
+    of, shape = config(num_hidden_layers=1), (1, 64)
+    rows = fxopt.plan(of, ["bf16"], batch_size=shape[0], sequence_length=shape[1], num_micro_batches=3).rows[:2]
+    torch.manual_seed(0)
+    model = fxopt.optimize(LlamaForCausalLM(of), "bf16", prove=False).train()
+    ids = torch.randint(0, model.config.vocab_size, shape)
+    for row in rows:
+        optimizer = fxopt.optimizer(model, lr=1e-4, release_gradients=row.release_gradients)
+
+        def step(optimizer=optimizer):
+            with optimizer.no_update():
+                for _ in range(2):
+                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        step()
+        gc.collect()
+        real = fxopt.footprint(model, optimizer).total + allocated_at_most(step)
+        more = 5_000_000 if row.release_gradients else 0
+        assert 0.95 * real <= row.peak <= 1.05 * real + more, row
+        assert row.gradients == pytest.approx(4 * sum(parameter.numel() for parameter in model.parameters()), rel=0.01)
+
+
+def test_micro_batches_on_the_command_line(tmp_path, capsys):
+    shallow = config(num_hidden_layers=1, vocab_size=64)
+    path = tmp_path / "config.json"
+    shallow.to_json_file(path)
+    sizes = [str(path), "--policy", "bf16", "--batch", "1", "--seq", "16", "--devices", "2"]
+    assert main(["plan", *sizes, "--accumulate", "4", "--json", str(tmp_path / "plan.json")]) == 0
+    assert "1 row × 16 tokens, 4 times, sharded over 2 devices, in" in capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["num_micro_batches"] == 4
+    assert found["rows"][0]["gradients"] == found["num_parameters"]  # 2 bytes over 2 devices: FSDP2 sums by itself
+    with pytest.raises(ValueError, match="num_micro_batches is 0"):
+        fxopt.plan(shallow, ["bf16"], num_micro_batches=0)
 
 
 def test_adapters_are_planned_as_they_are():

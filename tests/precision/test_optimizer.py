@@ -203,6 +203,46 @@ def test_groups_follow_the_roles(llama: LlamaForCausalLM) -> None:
     assert decayed["rounding"] == exempt["rounding"] == "stochastic"
 
 
+@pytest.mark.parametrize("policy", ["bf16", "bf16-islands", "bf16-8bit", "int8", "fp32"])
+def test_the_class_asks_each_parameters_policy(policy: str, llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    """`Optimizer(model.parameters())` is `optimizer(model)`, also of a deep copy; what is given wins."""
+    annotate(llama, policy)
+    twins = [copy.deepcopy(llama) for _ in range(2)]
+    made = [optimizer(llama), Optimizer(twins[0].parameters()), Optimizer([*twins[1].named_parameters()])]
+
+    def choices(opt: Optimizer) -> list[tuple[object, ...]]:
+        return [(g["rounding"], g["optimizer_state"], len(g["params"])) for g in opt.param_groups]
+
+    assert choices(made[0]) == choices(made[1]) == choices(made[2])
+    for model, opt in zip((llama, *twins), made, strict=True):
+        trainer(model, opt, tokens)(2)
+    for twin in twins:
+        assert_same_parameters(llama, twin)
+    given = Optimizer(twins[0].parameters(), rounding="nearest", optimizer_state="float32")
+    assert choices(given) == [("nearest", "float32", len(list(twins[0].parameters())))]
+
+
+def test_a_group_that_becomes_several_keeps_its_options(llama: LlamaForCausalLM) -> None:
+    annotate(llama, "bf16-8bit")
+    first, second = llama.model.layers
+    opt = Optimizer([{"params": first.named_parameters(), "lr": 0.5, "weight_decay": 0.25}], lr=0.125)
+    opt.add_param_group({"params": second.named_parameters(), "rounding": "nearest"})
+    assert [
+        (group["lr"], group["weight_decay"], group["rounding"], group["optimizer_state"]) for group in opt.param_groups
+    ] == [
+        (0.5, 0.25, "stochastic", "8bit"),
+        (0.5, 0.25, "stochastic", "float32"),
+        (0.125, 1e-2, "nearest", "8bit"),
+        (0.125, 1e-2, "nearest", "float32"),
+    ]
+    assert opt.param_groups[1]["param_names"] == ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        opt.add_param_group({"params": [*nn.Linear(2, 2).named_parameters(), *second.named_parameters()]})
+    assert len(opt.param_groups) == 4  # none of it
+    with pytest.raises(TypeError, match="can only optimize Tensors"):
+        opt.add_param_group({"params": [("number", 1.0)]})
+
+
 def test_an_optimizer_made_before_its_policy_loses_no_update(llama: LlamaForCausalLM, tokens: Tensor) -> None:
     opt = optimizer(llama, lr=1e-5, weight_decay=0.0)
     annotate(llama, "bf16")

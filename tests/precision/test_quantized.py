@@ -4,21 +4,19 @@ import copy
 import io
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fxopt.precision.annotate import annotate, parameter_precisions
+from fxopt.precision.int8_weight import Int8Weight, dequantized
 from fxopt.precision.parameter_storage import is_int8
 from fxopt.precision.policy import FLOAT8, Policy, PolicyError, Selector
-from fxopt.precision.quantized import Int8Weight, dequantized, is_swapped, quantize_parameter, quantized
-from tests.accuracy import assert_as_accurate
+from fxopt.precision.quantized import is_swapped, quantize_parameter
 from tests.training import assert_same_parameters
 
 BF16, INT8 = torch.bfloat16, torch.int8
@@ -39,98 +37,6 @@ def test_a_tied_table_is_one_int8_tensor(llama: LlamaForCausalLM, tokens: Tensor
     assert {precisions[name].storage for name, p in llama.named_parameters() if p.dim() == 2} == {INT8}
     loss_of(llama, tokens).backward()
     assert type(table.grad) is Tensor and table.grad.dtype == BF16
-
-
-@pytest.mark.parametrize("padding_idx", [None, 0, -1])
-def test_the_lookup_is_as_accurate_as_a_dequantized_table(padding_idx: int | None) -> None:
-    torch.manual_seed(0)
-    embedding = nn.Embedding(40, 16, padding_idx=padding_idx).to(BF16)
-    ids = torch.tensor([[0, 39, 7], [7, 7, 1]])
-    weight = quantize_parameter(embedding, embedding.weight, BF16)
-    upstream = torch.randn(2, 3, 16).to(BF16)
-    results = []
-    for values, table in (
-        (True, weight),
-        (False, dequantized(weight, BF16)),
-        (False, dequantized(weight, torch.float64)),
-    ):
-        table = table if values else table.detach().requires_grad_()
-        out = F.embedding(ids, table, embedding.padding_idx)
-        (gradient,) = torch.autograd.grad(out, table, upstream.to(out.dtype))
-        results.append((out.detach(), gradient))
-    for actual, eager, truth in zip(*results, strict=True):
-        assert_as_accurate(actual, eager, truth)
-
-
-def in_groups(x: Tensor, weight: Tensor) -> Tensor:
-    return (x @ weight.view(2, 8, 16).transpose(1, 2)).transpose(0, 1).reshape(len(x), 16)
-
-
-@pytest.mark.parametrize(
-    "product",
-    [
-        torch.matmul,
-        lambda x, w: w @ x.t(),
-        F.linear,
-        lambda x, w: x @ w.T,
-        lambda x, w: x @ w.mT.clamp(-9, 9),
-        in_groups,
-    ],
-)
-def test_products_with_an_int8_weight_and_their_gradients(product: object) -> None:
-    torch.manual_seed(0)
-    square = nn.Linear(16, 16, bias=False).to(BF16)
-    weight = quantize_parameter(square, square.weight, BF16)
-    plain = dequantized(weight, torch.float32).requires_grad_()
-    x = torch.randn(16, 5).to(BF16).t()  # not contiguous
-    found, expected = product(x, weight), product(x.float(), plain)  # type: ignore[operator]
-    assert found.dtype == BF16 and (found - expected).norm() < 0.01 * expected.norm()
-    upstream = torch.randn(*expected.shape[::-1]).t()
-    (gradient,) = torch.autograd.grad(found, weight, upstream.to(BF16))
-    (truth,) = torch.autograd.grad(expected, plain, upstream.to(BF16).float())
-    assert (gradient - truth).norm() < 0.01 * truth.norm()
-
-
-def test_what_a_linear_layer_returns_may_be_written_to() -> None:
-    linear = nn.Linear(16, 16, bias=False).to(BF16)
-    weight = quantize_parameter(linear, linear.weight, BF16)
-    product = F.linear(torch.ones(3, 16, dtype=BF16), weight)
-    product *= 2
-    (gradient,) = torch.autograd.grad(product.sum(), weight)
-    assert torch.equal(gradient, torch.full_like(gradient, 6))
-
-
-@pytest.mark.parametrize("index", [3, -1, (3, slice(None)), (3, 5), (slice(2), 5), torch.tensor([1, 1, 4]), None, ...])
-def test_what_is_taken_out_of_an_int8_table(index: Any) -> None:
-    torch.manual_seed(0)
-    embedding = nn.Embedding(40, 16).to(BF16)
-    weight = quantize_parameter(embedding, embedding.weight, BF16)
-    plain = dequantized(weight, BF16).requires_grad_()
-    found, expected = weight[index], plain[index]
-    assert type(found) is Tensor and torch.equal(found, expected)
-    upstream = torch.randn_like(expected)
-    gradients = [torch.autograd.grad(out, table, upstream)[0] for out, table in ((found, weight), (expected, plain))]
-    assert torch.equal(*gradients)
-    with pytest.raises(IndexError):
-        weight[40]
-
-
-@pytest.mark.parametrize("limits", [(-0.05, 0.08), (None, 0.02), (-0.03,), (-10.0, 10.0)])
-def test_an_int8_weight_is_clipped_to_what_int8_has_within_the_limits(limits: tuple[float | None, ...]) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(16, 8, bias=False).to(BF16)
-    linear.weight.data[3] = 0
-    weight = quantize_parameter(linear, linear.weight, BF16)
-    before, steps = dequantized(weight, torch.float32), weight.scale.float().unsqueeze(1)
-    weight.data.clamp_(*limits)
-    after, clipped = dequantized(weight, torch.float32), before.clamp(*limits)
-    assert ((after - clipped).abs() < steps).logical_or(after == clipped).all()
-    assert torch.equal(after.clamp(*limits), after) and torch.equal(after[before == clipped], before[before == clipped])
-
-
-def test_rows_of_an_int8_matrix_stay_int8() -> None:
-    linear = nn.Linear(16, 8, bias=False).to(BF16)
-    assert is_int8(quantize_parameter(linear, linear.weight, BF16)[2:6])
 
 
 def test_int8_trains_and_its_state_dict_continues_bit_by_bit(llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -157,27 +63,6 @@ def test_int8_trains_and_its_state_dict_continues_bit_by_bit(llama: LlamaForCaus
     for a, b in zip(llama.parameters(), resumed.parameters(), strict=True):
         if isinstance(a, Int8Weight):
             assert torch.equal(a.int_data, b.int_data) and torch.equal(a.scale, b.scale)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
-def test_what_int8_can_hold_exactly_is_held_exactly(dtype: torch.dtype) -> None:
-    """Codes whose largest is 96 to 127, widened to the dtype of their scale and found again; other rows to the nearest.
-
-    torchao takes the largest value for 127 scales, and so moves the codes of all rows where it is not.
-    """
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-95, 96, (200, 300), generator=generator)
-    codes[torch.arange(200), torch.arange(200)] = torch.randint(96, 128, (200,), generator=generator)
-    scale = (0.01 * torch.rand(200, generator=generator) + 1e-4).to(dtype)
-    before = Int8Weight(codes.to(torch.int8), scale)
-    after = quantized(dequantized(before, dtype))
-    assert torch.equal(after.int_data, before.int_data) and torch.equal(after.scale, before.scale)
-    others = torch.randn(64, 300, generator=generator).to(dtype)
-    others[3], others[4], others[5, 7] = 0, 1, torch.nan
-    right = Int8Weight.from_float(others)
-    found = quantized(others)
-    assert torch.equal(found.int_data, right.int_data) and found.scale.equal(right.scale) is False  # NaN
-    assert torch.equal(found.scale.nan_to_num(), right.scale.nan_to_num()) and found.scale[3] == 0
 
 
 def test_an_int8_model_goes_where_it_is(llama: LlamaForCausalLM, tokens: Tensor) -> None:

@@ -17,6 +17,7 @@ from fxopt.kernels.glu import geglu, reglu, swiglu
 from fxopt.kernels.interval_attention import interval_attention, visible_intervals
 from fxopt.kernels.layer_norm import layer_norm
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
+from fxopt.kernels.linear_log_prob import linear_log_prob
 from fxopt.kernels.relu_squared import relu_squared
 from fxopt.kernels.rms_norm import l2_norm, rms_norm
 from fxopt.kernels.rope import rope
@@ -34,6 +35,17 @@ from fxopt.passes.fuse_linear_cross_entropy import (
     FuseTransposedLinearCrossEntropy,
     SliceBeforeCastLinear,
     SliceBeforeLinear,
+)
+from fxopt.passes.fuse_linear_log_prob import (
+    FuseCastingLinearLogProb,
+    FuseDividedLinearLogitMinusLogSumExp,
+    FuseDividedLinearLogProb,
+    FuseLinearLogitMinusLogSumExp,
+    FuseLinearLogProb,
+    FuseScaledLinearLogitMinusLogSumExp,
+    FuseScaledLinearLogProb,
+    FuseSoftcappedLinearLogitMinusLogSumExp,
+    FuseSoftcappedLinearLogProb,
 )
 from fxopt.passes.fuse_relu_squared import FuseReLUSquared
 from fxopt.passes.fuse_rms_norm import (
@@ -150,6 +162,27 @@ def loss_with_z(rows: Any, labels: Any) -> Any:
     return F.cross_entropy(rows, labels) + 1e-3 * ((rows.logsumexp(-1).pow(2) * counts).sum() / counts.sum())
 
 
+def labelled_inputs() -> list[torch.Tensor]:
+    return [leaf(*ROWS, WIDTH), leaf(VOCABULARY, WIDTH), leaf(VOCABULARY), torch.randint(0, VOCABULARY, ROWS)]
+
+
+def log_prob(logits: Any, labels: Any) -> Any:
+    return F.log_softmax(logits.float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def log_prob_cast_inside(logits: Any, labels: Any) -> Any:
+    return F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def log_prob_as_difference(logits: Any, labels: Any) -> Any:
+    rows = logits.float()
+    return rows.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(rows, -1)
+
+
+def capped(logits: Any) -> Any:
+    return torch.tanh(logits / 3.0) * 3.0
+
+
 def residual_rms(x: Any, residual: Any, weight: Any) -> Any:
     summed = x + residual
     return summed * 2, weight * rms(summed).to(x.dtype)
@@ -204,6 +237,15 @@ SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor
         lambda h, w, b, labels: loss_with_z(F.linear(h, w, b).float().view(-1, VOCABULARY), labels),
         loss_inputs,
     ),
+    FuseLinearLogProb: (lambda h, w, b, labels: log_prob(F.linear(h, w, b), labels), labelled_inputs),
+    FuseCastingLinearLogProb: (lambda h, w, b, labels: log_prob_cast_inside(F.linear(h, w, b), labels), labelled_inputs),
+    FuseScaledLinearLogProb: (lambda h, w, b, labels: log_prob(F.linear(h, w, b) * 0.25, labels), labelled_inputs),
+    FuseDividedLinearLogProb: (lambda h, w, b, labels: log_prob(F.linear(h, w, b) / 4.0, labels), labelled_inputs),
+    FuseSoftcappedLinearLogProb: (lambda h, w, b, labels: log_prob(capped(F.linear(h, w, b)), labels), labelled_inputs),
+    FuseLinearLogitMinusLogSumExp: (lambda h, w, b, labels: log_prob_as_difference(F.linear(h, w, b), labels), labelled_inputs),
+    FuseScaledLinearLogitMinusLogSumExp: (lambda h, w, b, labels: log_prob_as_difference(F.linear(h, w, b) * 0.25, labels), labelled_inputs),
+    FuseDividedLinearLogitMinusLogSumExp: (lambda h, w, b, labels: log_prob_as_difference(F.linear(h, w, b) / 4.0, labels), labelled_inputs),
+    FuseSoftcappedLinearLogitMinusLogSumExp: (lambda h, w, b, labels: log_prob_as_difference(capped(F.linear(h, w, b)), labels), labelled_inputs),
     SliceBeforeLinear: (lambda h, w, b, labels: F.linear(h, w, b)[..., :-1, :] * 2, loss_inputs),
     FuseHalvesRoPE: (halves_one_by_one, lambda: [leaf(2, 9, 4, 16), *(leaf(9, 1, 8).detach() for _ in range(2))]),
     FusePairsToHalvesRoPE: (pairs_to_halves, lambda: [leaf(2, 9, 4, 16), *(leaf(9, 1, 8).detach() for _ in range(2))]),
@@ -315,6 +357,32 @@ MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseSoftcappedLinearCrossEntropy, "another cap", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, softcap=scale * 1.01)),
     (FuseLinearCrossEntropyWithZLoss, "no z-loss", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias)),
     (FuseLinearCrossEntropyWithZLoss, "half of it", lambda hidden, weight, bias, labels, scale: linear_cross_entropy(hidden.flatten(0, -2), weight, labels, bias=bias, z_loss=scale / 2)),
+    (FuseLinearLogProb, "labels off by one", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels.roll(1, 1), bias=bias, ignore_index=None)[0]),
+    (FuseLinearLogProb, "no bias", lambda hidden, weight, labels: linear_log_prob(hidden, weight, labels, ignore_index=None)[0]),
+    (FuseLinearLogProb, "logsumexp", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[2]),
+    (FuseLinearLogProb, "the loss", lambda hidden, weight, bias, labels: -linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[0]),
+    (FuseLinearLogProb, "a percent too much", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[0] * 1.01),
+    (FuseLinearLogProb, "a temperature", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None, temperature=1.01)[0]),
+    (FuseLinearLogProb, "no gradient of the head", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight.detach(), labels, bias=bias, ignore_index=None)[0]),
+    (FuseLinearLogProb, "no gradient of the input", lambda hidden, weight, bias, labels: linear_log_prob(hidden.detach(), weight, labels, bias=bias, ignore_index=None)[0]),
+    (FuseLinearLogProb, "the first label is ignored", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=0)[0]),
+    (FuseLinearLogProb, "the last label is ignored", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=VOCABULARY - 1)[0]),
+    (FuseLinearLogProb, "the first labels alone", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels.clamp(max=40), bias=bias, ignore_index=None)[0]),
+    (FuseLinearLogProb, "another shape", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[0][None]),
+    (FuseLinearLogProb, "zeros for NaN", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[0].nan_to_num(nan=0.0)),
+    (FuseCastingLinearLogProb, "in the dtype of the logits", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None, dtype=torch.bfloat16)[0]),
+    (FuseScaledLinearLogProb, "no scale", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[0]),
+    (FuseScaledLinearLogProb, "a temperature", lambda hidden, weight, bias, labels, scale: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None, temperature=scale)[0]),
+    (FuseDividedLinearLogProb, "times", lambda hidden, weight, bias, labels, scale: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None, logit_scale=scale)[0]),
+    (FuseSoftcappedLinearLogProb, "no cap", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[0]),
+    (FuseSoftcappedLinearLogProb, "another cap", lambda hidden, weight, bias, labels, scale: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None, softcap=scale * 1.01)[0]),
+    (FuseLinearLogitMinusLogSumExp, "the logit alone", lambda hidden, weight, bias, labels: torch.gather(F.linear(hidden, weight, bias), -1, labels.unsqueeze(-1)).squeeze(-1).to(torch.float32)),
+    (FuseLinearLogitMinusLogSumExp, "labels off by one", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels.roll(1, 1), bias=bias, ignore_index=None)[0]),
+    (FuseLinearLogitMinusLogSumExp, "a percent too much", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[0] * 1.01),
+    (FuseLinearLogitMinusLogSumExp, "the first label is ignored", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=0)[0]),
+    (FuseScaledLinearLogitMinusLogSumExp, "no scale", lambda hidden, weight, bias, labels: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None)[0]),
+    (FuseDividedLinearLogitMinusLogSumExp, "times", lambda hidden, weight, bias, labels, scale: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None, logit_scale=scale)[0]),
+    (FuseSoftcappedLinearLogitMinusLogSumExp, "another cap", lambda hidden, weight, bias, labels, scale: linear_log_prob(hidden, weight, labels, bias=bias, ignore_index=None, softcap=scale * 1.01)[0]),
     (SliceBeforeLinear, "the other rows", lambda hidden, weight, bias: F.linear(hidden[..., 1:, :], weight, bias)),
     (SliceBeforeCastLinear, "no cast", lambda hidden, weight, bias, rows: F.linear(hidden[..., rows, :], weight, bias)),
     (FuseRowsLinearCrossEntropy, "labels off by one", lambda hidden, weight, bias, labels: linear_cross_entropy(hidden, weight, labels.roll(1), bias=bias)),

@@ -343,7 +343,6 @@ def test_an_adapted_int8_model_keeps_no_widened_weight_for_the_backward() -> Non
 @pytest.mark.parametrize(("policy", "setup"), [("bf16", "DoRA"), ("int8", "linear"), ("int8", "tokens, tied")])
 def test_optimizing_before_the_adapters(policy: str, setup: str) -> None:
     ours, theirs = adapted(policy, setup, optimize=True)
-    prepare_dora(ours)
     assert_trains_as_plain(ours, theirs)
     found = fxopt.report(ours)
     assert not found.fallbacks and len(found.graphs) == 1

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import logging
+import os
 import threading
 import time
 import warnings
@@ -24,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx, nn
 from torch._guards import CompileContext
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
 from fxopt.deferred_logits import defer_marked_outputs
 from fxopt.error_lines import in_a_line
@@ -172,6 +173,13 @@ class OptimizedForward:
         call = named_arguments(self.signature, args, kwargs)
         reason = why_not_covered(self.model, call)
         if call is None:  # by a wrapper, perhaps: what it calls is looked at by itself
+            if reason not in self.report.uncovered and torch.is_grad_enabled():
+                logger.warning(
+                    "fxopt: %s is not optimized: its forward takes *args, and %s. Give them names in its signature, or "
+                    "optimize the model that it calls",
+                    type(self.model).__name__,
+                    reason,
+                )
             return self._run_original(args, kwargs, reason)
         if reason:
             with original_throughout():  # what the caller wants of the model, the modules inside it must give
@@ -190,13 +198,16 @@ class OptimizedForward:
             prepare_dora(self.model)
             warn_about_torchao_layers(self.model)
         try:
-            with announced(self._announcement() if state is not None else None):
+            with announced(self._announcement() if state is not None else None), _quiet(state is not None):
                 outputs = self._run_captured(kind, captured, state)
+        except _StopRecomputationError:
+            raise  # a checkpoint around this call has computed again all that it needs
         except Exception as error:
             # Whatever the reason, the original must run now; if the call itself is at fault, it says so better.
             if state is not None:
                 state.give_back()
-            outputs = self._run_original(args, kwargs, "")
+            with original_throughout():
+                outputs = self._run_original(args, kwargs, "")
             self._disabled[kind] = in_a_line(error)
             self._count_fallback(self._disabled[kind])
             return outputs
@@ -240,7 +251,7 @@ class OptimizedForward:
         self.report.fallbacks[reason] += 1
 
     def _announcement(self) -> str:
-        first = not self.report.graphs
+        first = not self.optimization.calls[1:]
         name = f"{self.report.model}{f'.{self.name}' if self.name else ''}"
         return f"capturing and checking {name} for its first call{'' if first else ' of another kind'}"
 
@@ -374,6 +385,28 @@ class OptimizedForward:
 def kind_key(name: str, kind: Hashable) -> Hashable:
     """A kind of call among those of all ways into a model."""
     return name, kind
+
+
+@contextlib.contextmanager
+def _quiet(is_first: bool) -> Iterator[None]:
+    """While a kind of call is captured, keeps back what this thread's Dynamo prints of an error: we say it in a line.
+
+    `TORCH_LOGS` shows it all.
+    """
+    if not is_first or os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    here = threading.get_ident()
+
+    def drop_ours(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    log = logging.getLogger("torch._guards")
+    log.addFilter(drop_ours)
+    try:
+        yield
+    finally:
+        log.removeFilter(drop_ours)
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

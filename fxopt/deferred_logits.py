@@ -37,20 +37,21 @@ class HeadInputs:
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         self._marks = [_mark(value) for value in self._tensors()]
+        self.wanted: Sequence[bool] = ()  # which inputs a gradient is wanted of
         self._logits: Tensor | None = None
         self._leaves: list[Tensor] = []
 
-    def logits(self, wanted: Sequence[bool] = ()) -> Tensor:
-        """The logits, as they would have been computed in the call; `wanted`: which inputs a gradient is wanted of.
+    def logits(self) -> Tensor:
+        """The logits, as they would have been computed in the call, above those inputs that want a gradient.
 
         Raises RuntimeError if an input was written to or freed since.
         """
         if self._logits is None:
             self.check()
             self._on_read()
-            with self.as_in_the_call(grad_enabled=any(wanted)):
+            with self.as_in_the_call(grad_enabled=any(self.wanted)), _OWN_SAVED_TENSORS:
                 inputs = list(self.inputs)
-                for index, is_wanted in enumerate(wanted):
+                for index, is_wanted in enumerate(self.wanted):
                     if is_wanted:
                         inputs[index] = self.inputs[index].detach().requires_grad_()
                         self._leaves.append(inputs[index])
@@ -73,12 +74,12 @@ class HeadInputs:
         _, autocast_dtype, enabled = self._autocast
         return not enabled or autocast_dtype == dtype
 
-    def gradients(self, gradient: Tensor, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
+    def gradients(self, gradient: Tensor) -> Iterator[Tensor | None]:
         """Those of the inputs, from that of the logits."""
-        logits = self.logits(wanted)
+        logits = self.logits()
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         found = iter(torch.autograd.grad(logits, self._leaves, gradient, retain_graph=keep, allow_unused=True))
-        return (next(found) if is_wanted else None for is_wanted in wanted)
+        return (next(found) if is_wanted else None for is_wanted in self.wanted)
 
     def check(self) -> None:
         """RuntimeError if what the logits are computed from is no longer what it was in the call."""
@@ -98,6 +99,11 @@ class HeadInputs:
 
     def _tensors(self) -> Iterator[Tensor]:
         return (value for value in self.inputs if isinstance(value, Tensor) and not value.is_inference())
+
+
+# Whoever reads a value first may be inside a checkpoint, which counts what is saved: when it runs again, the value is
+# there.
+_OWN_SAVED_TENSORS = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved)
 
 
 class FactoredGradient(ABC):
@@ -137,10 +143,10 @@ class _Defer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: HeadInputs, like: tuple[Any, ...], *inputs: Any) -> DeferredTensor:
-        ctx.source, wanted = source, ctx.needs_input_grad[2:]
+        ctx.source, source.wanted = source, ctx.needs_input_grad[2:]
         ctx.set_materialize_grads(False)
         shape, dtype, device = like
-        return DeferredTensor(lambda: source.logits(wanted).detach(), shape, dtype, device, source)
+        return DeferredTensor(lambda: source.logits().detach(), shape, dtype, device, source)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -160,7 +166,7 @@ class _Defer(torch.autograd.Function):
         ):
             found = gradient.source.gradients(wanted)
         else:
-            found = ctx.source.gradients(gradient, wanted)
+            found = ctx.source.gradients(gradient)
         return None, None, *found
 
 

@@ -56,10 +56,12 @@ def entries_in(model: nn.Module) -> Iterator[tuple[str, OptimizedForward]]:
 
 
 def find_entry(model: nn.Module) -> OptimizedForward | None:
-    """The outermost way into the one optimized model that `model` is, wraps, or is part of a wrapper of.
+    """The outermost way into the optimized model that `model` is or wraps.
 
-    Raises ValueError where it holds several.
+    Raises ValueError where it wraps several.
     """
+    if (own := entry_of(model)) is not None:
+        return own
     outermost: dict[int, tuple[str, OptimizedForward]] = {}
     for name, entry in entries_in(model):
         outermost.setdefault(id(entry.optimization), (name, entry))

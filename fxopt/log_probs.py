@@ -60,6 +60,8 @@ def token_log_probs(
     Source: `LogProbs` in `kernels/linear_log_prob.py`.
     """
     logits = _logits_of(outputs)
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"token_log_probs: labels are {type(labels).__name__}; they must be a tensor")
     if labels.shape != logits.shape[:-1] or logits.ndim < 2:
         raise ValueError(
             f"token_log_probs: labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}; for each row of "
@@ -70,7 +72,9 @@ def token_log_probs(
     if not shifted:  # the last logits are for no label: rows that are left out cost nothing
         labels = torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)], dim=-1)
     if isinstance(logits, DeferredTensor) and not logits.is_computed and _has_plain_head(logits.source):
-        results = LogProbs(*_LogProbs.apply(logits, labels, ignore_index, temperature, entropy))
+        *floats, is_top = _LogProbs.apply(logits, labels, ignore_index, temperature, entropy)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        results = LogProbs._make((*(None if each is None else each.to(dtype) for each in floats), is_top))
     else:
         results = log_probs_of_logits(logits, labels, ignore_index, temperature, entropy)
     return results if shifted else LogProbs(*(None if each is None else each[..., :-1] for each in results))  # type: ignore[arg-type]
@@ -85,6 +89,8 @@ def log_probs_of_logits(
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = z if temperature == 1.0 else z / temperature
     counts = labels != ignore_index
+    if labels.device.type == "cpu" and (out := labels[counts & ((labels < 0) | (labels >= z.shape[-1]))]).numel():
+        raise IndexError(f"token_log_probs: label {int(out[0])} is out of bounds for {z.shape[-1]} classes")
     logsumexp = z.logsumexp(-1)
     log_prob = z.gather(-1, labels.where(counts, 0).unsqueeze(-1)).squeeze(-1) - logsumexp
     found: Tensor | None = None
@@ -158,8 +164,8 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "token_log_probs can be differentiated only once, and create_graph=True asks for more; "
-                "use log_softmax on the logits there"
+                "token_log_probs can be differentiated only once, and create_graph=True asks for more: use "
+                "fxopt.restore(model), and log_softmax on the logits"
             )
         if dlog_prob is dentropy is dlogsumexp is None:
             return None, None, None, None, None

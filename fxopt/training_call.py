@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 Call = dict[str, Any]  # arguments by name
@@ -42,6 +43,10 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
         return "the call is inside a torch.func transform"
     if torch._C._len_torch_dispatch_stack() or torch.compiler.is_exporting():
         return "the call is inside a TorchDispatchMode or torch.export, which want to see the original's operations"
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__:
+        # It counts what is saved, and ends its second forward by an error in the middle.
+        return "the call is inside a checkpoint; checkpoint the model's layers instead: gradient_checkpointing_enable()"
     labels = labels_of(call)
     if labels is None:
         if not torch.is_grad_enabled():

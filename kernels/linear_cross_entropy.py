@@ -377,7 +377,7 @@ def _backward(ctx, dloss: Tensor | None, *_: None):
     if torch.is_grad_enabled():
         raise RuntimeError(
             "linear_cross_entropy can be differentiated only once, and create_graph=True asks for more; "
-            "use torch.nn.functional.cross_entropy on the logits there"
+            "use torch.nn.functional.cross_entropy on the logits there, and fxopt.restore(model) for a whole model"
         )
     wanted = ctx.needs_input_grad[:3]
     nothing_else = [None] * (1 + len(ctx.options) + 3)  # labels, options and the three flags have no gradient

@@ -351,7 +351,7 @@ def _differentiate(ctx, dlog_prob: Tensor | None, dentropy: Tensor | None, dlogs
     if torch.is_grad_enabled():
         raise RuntimeError(
             "linear_log_prob can be differentiated only once, and create_graph=True asks for more; "
-            "use torch.log_softmax on the logits there"
+            "use torch.log_softmax on the logits there, and fxopt.restore(model) if a graph was rewritten"
         )
     dentropy = dentropy if ctx.with_entropy else None
     nothing_else = [None] * (1 + len(ctx.options) + 1)  # labels, options and with_entropy have no gradient

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 from torchao.prototype.quantized_training import int8_weight_only_quantized_training
 from torchao.quantization import quantize_
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
@@ -174,6 +175,32 @@ def test_the_models_own_errors_come_through():
     fxopt.optimize(model, "bf16")
     assert model(**tiny_batch()).loss.isfinite()
     assert not fxopt.report(model).fallbacks
+
+
+def test_a_call_that_raises_is_not_counted_as_optimized():
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
+    with pytest.raises(ValueError):
+        model(input_ids=tiny_batch()["input_ids"], labels=tiny_batch(num_rows=2)["labels"])
+    assert not fxopt.report(model).optimized
+    model(**tiny_batch())
+    assert fxopt.report(model).optimized == {"": 1}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_checkpoint_around_a_whole_call(warm):
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32")
+    plain = fxopt.restore(copy.deepcopy(model))
+    batch = tiny_batch()
+    if warm:
+        model(**batch)
+    for each in (model, plain):
+        loss = checkpoint(
+            lambda ids, each=each: each(ids, labels=batch["labels"]).loss, batch["input_ids"], use_reentrant=False
+        )
+        loss.backward()
+    assert any("inside a checkpoint" in reason for reason in fxopt.report(model).uncovered)
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_an_empty_batch_does_what_the_original_does():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
@@ -144,6 +145,37 @@ def test_hooks_on_the_logits_run_and_see_a_gradient():
     assert not outputs.logits.is_computed and model.lm_head.weight.grad is not None
 
 
+def scaled_by_a_hook(outputs, labels):
+    outputs.logits.register_hook(lambda gradient: gradient * 2)
+    return fxopt.token_log_probs(outputs, labels, entropy=True).log_prob.sum()
+
+
+def looked_at_by_a_hook(outputs, labels):
+    outputs.logits.register_hook(lambda gradient: gradient.abs().sum().item() and None)
+    return fxopt.token_log_probs(outputs, labels).log_prob.sum()
+
+
+def of_two_temperatures(outputs, labels):
+    return sum(fxopt.token_log_probs(outputs, labels, temperature=t).log_prob.sum() for t in (1.0, 0.5))
+
+
+def in_a_checkpoint(outputs, labels):
+    def loss(logits):
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    return checkpoint(loss, outputs.logits, use_reentrant=False)
+
+
+@pytest.mark.parametrize("loss", [scaled_by_a_hook, looked_at_by_a_hook, of_two_temperatures, in_a_checkpoint])
+def test_a_gradient_that_somebody_looks_at_is_that_of_the_original(loss):
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32")
+    plain = fxopt.restore(copy.deepcopy(model))
+    for each in (model, plain):
+        loss(each(**without_labels(tiny_batch()), use_cache=False), tiny_batch()["labels"]).backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_all_labels_masked_and_one_row(num_rows):
     model = fxopt.optimize(tiny_llama(), "bf16")
@@ -178,8 +210,11 @@ def test_what_does_not_fit_says_so():
         fxopt.token_log_probs(transformers.modeling_outputs.BaseModelOutput(), labels)
     with pytest.raises(RuntimeError, match=r"torch\.int64"):
         fxopt.token_log_probs(outputs, labels.int())
-    with pytest.raises(IndexError):
-        fxopt.token_log_probs(outputs, labels + 400)
+    for given in (outputs, outputs.logits[:]):
+        with pytest.raises(IndexError, match="out of bounds"):
+            fxopt.token_log_probs(given, labels.clamp(min=0) + 400)
+    with pytest.raises(ValueError, match="must be a tensor"):
+        fxopt.token_log_probs(outputs, None)
     with pytest.raises(RuntimeError, match="differentiated only once"):
         torch.autograd.grad(
             fxopt.token_log_probs(outputs, labels).log_prob.sum(), list(model.parameters()), create_graph=True

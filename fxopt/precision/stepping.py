@@ -30,7 +30,7 @@ _MEND = (
 
 @dataclass(frozen=True)
 class SteppedBy:
-    """The optimizer that steps a model, by its class ("torch.optim.AdamW"); `warning` says what it loses, or is ''."""
+    """What steps a model, by class ("torch.optim.AdamW"), several with commas; `warning`: what is lost, or ''."""
 
     optimizer: str
     warning: str
@@ -39,13 +39,13 @@ class SteppedBy:
 class Stepping:
     """Belongs to an annotated model, with which it is copied and pickled: a copy is watched too.
 
-    `found`: what stepped the model last, or None. The model is not kept alive.
+    `found`: what steps the model, by name, and what each loses, or ''. The model is not kept alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
         # While a model is unpickled this runs before the model has any attribute.
         self.model = weakref.ref(model)
-        self.found: SteppedBy | None = None
+        self.found: dict[str, str] = {}
         _watched.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stepping | None:
@@ -64,9 +64,14 @@ def watch(model: nn.Module) -> None:
 
 
 def stepped_by(model: nn.Module) -> SteppedBy | None:
-    """The optimizer that stepped `model`, or a model in it, last; None where none did, or nothing was annotated."""
-    found = [stepping.found for module in model.modules() if (stepping := module.__dict__.get(_ATTRIBUTE)) is not None]
-    return next((stepped for stepped in found if stepped is not None), None)
+    """What steps `model`, or a model in it: the optimizers' names, and all that they lose; None if nothing has yet."""
+    found: dict[str, str] = {}
+    for module in model.modules():
+        if (stepping := module.__dict__.get(_ATTRIBUTE)) is not None:
+            found |= stepping.found
+    if not found:
+        return None
+    return SteppedBy(", ".join(found), "\n".join(warning for warning in found.values() if warning))
 
 
 class _Watched:
@@ -113,12 +118,10 @@ class _Watched:
             if model is None or not any(id(parameter) in stepped for parameter in model.parameters()):
                 continue
             warning = _warning(model, optimizer, parameters)
-            stepping.found = SteppedBy(_name(optimizer), warning)
+            stepping.found[_name(optimizer)] = warning
             if warning and optimizer not in self._warned:
                 self._warned.add(optimizer)
                 warnings.warn(warning, stacklevel=3)
-            if warning and any(map(is_int8, parameters.values())) and (why := _why_int8_fails(optimizer)):
-                raise TypeError(f"{_name(optimizer)} cannot update int8 weights: {why}. Instead, {_MEND}")
 
 
 def _rounded(model: nn.Module, stepped: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -149,12 +152,9 @@ def _warning(model: nn.Module, optimizer: Any, parameters: dict[str, Tensor]) ->
             f"it rounds {num_bfloat16} bfloat16 parameters to nearest, which loses most of their updates (held-out "
             "loss on GSM8K after 100 steps: 1.518 instead of 0.870)"
         )
-    if num_int8 and (why := _why_int8_fails(optimizer)):
-        lost.append(f"it cannot update {num_int8} int8 weights: {why}")
-    elif num_int8:
+    if num_int8:
         lost.append(
-            f"its updates of {num_int8} int8 weights are rounded on a new scale for each row at each step, which makes "
-            "ten times the noise of the updates"
+            f"its states of {num_int8} int8 weights are bfloat16, where a second moment stops following its gradients"
         )
     if not lost:
         return ""
@@ -180,15 +180,6 @@ def _keeps_updates(optimizer: Any) -> bool:
 def _is_fused(optimizer: Any) -> bool:
     is_torchs = type(optimizer).__module__.partition(".")[0] == "torch"
     return is_torchs and any(group.get("fused") is True for group in optimizer.param_groups)
-
-
-def _why_int8_fails(optimizer: Any) -> str:
-    """What in a step of one of torch's optimizers torchao's int8 weights do not have, or ''."""
-    if _is_fused(optimizer):
-        return "they have no fused step (aten._fused_adamw_ and its like)"
-    groups = optimizer.param_groups if type(optimizer).__module__.startswith("torch.optim") else ()
-    decays = any(group.get("decoupled_weight_decay") and group.get("weight_decay") for group in groups)
-    return "they have no weight decay in place (aten.mul_)" if decays else ""
 
 
 def _name(optimizer: Any) -> str:

@@ -1,10 +1,14 @@
 """What the ops on a linear output head share: chunks, rows that count, gradients."""
 
+import math
+
 import pytest
 import torch
 
 from fxopt.kernels import linear_head
+from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
 from fxopt.kernels.linear_head import HeadGradients, head_chunks, logits_by_chunk, rows_that_count
+from fxopt.kernels.linear_log_prob import linear_log_prob
 
 
 @pytest.mark.parametrize(
@@ -52,3 +56,21 @@ def test_gradients_are_those_of_the_products(chunk_rows: int, monkeypatch: pytes
     torch.testing.assert_close(dhidden, expected @ weight)
     torch.testing.assert_close(dweight, expected.t() @ hidden)
     torch.testing.assert_close(dbias, expected.sum(0))
+
+
+@pytest.mark.parametrize("some_ignored", [False, True])
+def test_nan_in_one_row_stays_there(some_ignored: bool, device: str) -> None:
+    """With AMX, rows of logits that lie next to each other would carry it into the row before."""
+    hidden = torch.randn(96, 64, device=device).bfloat16()
+    weight = torch.randn(307, 64, device=device).bfloat16().requires_grad_()
+    labels = torch.randint(0, 307, (96,), device=device)
+    if some_ignored:
+        labels[::7] = -100
+    hidden[33] = math.nan
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, labels, reduction="none").sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isnan().any(1).nonzero().flatten().tolist() == [33]
+    hidden.grad = None
+    linear_log_prob(hidden, weight, labels).log_prob.sum().backward()
+    assert hidden.grad.isnan().any(1).nonzero().flatten().tolist() == [33]

@@ -153,9 +153,6 @@ def test_the_trainers_own_optimizer_is_told(policy, tmp_path):
     """`fxopt.optimize` alone: it updates as fxopt's optimizer does, or says that it does not."""
     model = fxopt.optimize(tiny_llama(), policy)
     with pytest.warns(UserWarning, match=r"AdamW(.|\n)*fxopt\.optimizer\(model"):
-        try:
-            trainer_of(model, tmp_path).train()
-        except TypeError as error:
-            assert policy == "int8" and "fxopt.optimizer" in str(error)
+        trainer_of(model, tmp_path).train()
     report = fxopt.report(model)
     assert "AdamW" in report.optimizer and "fxopt.optimizer" in str(report)

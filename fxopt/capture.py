@@ -309,6 +309,7 @@ class OptimizedForward:
         except Exception as error:
             whole, graphs = self._compiled.pop(kind, None), self.report.graphs[num_graphs:]
             del self.report.graphs[num_graphs:]
+            self._graphs_run.clear()
             if state is not None:
                 state.give_back()
             try:

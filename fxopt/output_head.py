@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxopt.passes.separate_logits import PRODUCTS
 from fxopt.rewrite.graph import cast, shape_of, tensor_of
 from fxopt.rewrite.match import target_name
 from fxopt.rewrite.spelling import arguments_of
-
-_PRODUCTS = {"linear", "matmul"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def nodes_of_head(value: fx.Node) -> list[fx.Node]:
     node = value
     while node.op.startswith("call"):
         found.append(node)
-        if target_name(node) in _PRODUCTS:
+        if target_name(node) in PRODUCTS:
             return found
         activations = [source for source in node.all_input_nodes if source.op != "placeholder"]
         if len(activations) != 1 or tensor_of(node) is None or shape_of(node)[-1:] != shape_of(activations[0])[-1:]:

@@ -14,6 +14,8 @@ from fxopt.rewrite.graph import shape_of
 from fxopt.rewrite.match import target_name
 from fxopt.rewrite.pipeline import simple_pass
 
+PRODUCTS = ("linear", "matmul")  # what an output head is by
+
 
 @torch.compiler.allow_in_graph
 def deferred(logits: torch.Tensor, has_loss: bool = True) -> torch.Tensor:
@@ -28,6 +30,8 @@ def separate_logits(graph: fx.Graph) -> None:
         if not isinstance(logits, fx.Node) or set(logits.users) == {marker}:
             continue
         chain = _vocabulary_wide(logits)
+        if not any(target_name(node) in PRODUCTS for node in chain):
+            continue  # no output head's: an activation that is returned
         copies: dict[fx.Node, fx.Node] = {source: source for node in chain for source in node.all_input_nodes}
         with graph.inserting_before(marker):
             for node in chain:
@@ -45,7 +49,7 @@ def _vocabulary_wide(logits: fx.Node) -> list[fx.Node]:
         node = pending.pop()
         if node not in found and node.op.startswith("call") and shape_of(node)[-1:] == width:
             found.add(node)
-            if target_name(node) not in ("linear", "matmul"):  # the head itself: what it reads is not logits
+            if target_name(node) not in PRODUCTS:  # the head itself: what it reads is not logits
                 pending += node.all_input_nodes
     return sorted(found)
 

@@ -14,8 +14,8 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 import fxopt
 import fxopt.planning.plan as planning
 from benchmarks.plan_accuracy import allocated_at_most
-from fxopt.capture import OptimizedForward
 from fxopt.cli import main
+from fxopt.entries import entry_of
 from fxopt.planning.plan import PARTS, Plan, Row, largest_batch, recommend
 from fxopt.planning.simulate import Simulation
 
@@ -304,7 +304,7 @@ def test_another_architecture_and_a_model_itself():
     assert found.notes[0] == "768 k parameters of this model are frozen"
     assert found.rows[4].policy == "int8"  # of so little memory
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert isinstance(model.forward, OptimizedForward) and not model.forward.report.graphs
+    assert entry_of(model) is not None and not fxopt.report(model).graphs
 
 
 def test_each_policy_is_planned_once_and_numbers_are_told_in_words(monkeypatch):

@@ -61,6 +61,12 @@ def test_spills_nothing(name: str, options: None) -> None:
     assert spilled_bytes == 0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("linear_log_prob")])
+def test_log_probabilities_spill_nothing_on_any_target(name: str, target: str) -> None:
+    assert resources(name, target)[1] == 0
+
+
 def rope_flags(layout: str, *, wide: bool, backward: bool) -> dict[str, bool]:
     x_pairs, y_pairs = _orders(layout, backward)
     return {"X_PAIRS": x_pairs, "Y_PAIRS": y_pairs, "TABLE_PAIRS": layout == "pairs", "TABLE_WIDE": wide}

@@ -11,23 +11,29 @@ import copy
 import functools
 import inspect
 import logging
-import os
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
-from torch._guards import CompileContext
-from torch.utils.checkpoint import _StopRecomputationError, checkpoint
+from torch.utils.checkpoint import _StopRecomputationError
 
 from fxopt.deferred_logits import defer_marked_outputs
+from fxopt.dynamo import (
+    ISOLATED,
+    TOO_MANY,
+    checkpoint_eagerly,
+    configured,
+    frame_number,
+    own_code,
+    quiet,
+    where_and_why,
+)
 from fxopt.error_lines import in_a_line
 from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
@@ -36,7 +42,6 @@ from fxopt.precision.adapters import prepare_dora, warn_about_torchao_layers
 from fxopt.precision.boundaries import has_boundaries
 from fxopt.progress import announced
 from fxopt.rematerialize import rematerialize
-from fxopt.rewrite.graph import SELECTIVE, graph_modules
 from fxopt.rewrite.pipeline import Observer, PassRecord, Pipeline
 from fxopt.rewrite.prove import Prover
 from fxopt.rewrite.report import GraphRecord, Report
@@ -198,7 +203,7 @@ class OptimizedForward:
             prepare_dora(self.model)
             warn_about_torchao_layers(self.model)
         try:
-            with announced(self._announcement() if state is not None else None), _quiet(state is not None):
+            with announced(self._announcement() if state is not None else None), quiet(state is not None):
                 outputs = self._run_captured(kind, captured, state)
         except _StopRecomputationError:
             raise  # a checkpoint around this call has computed again all that it needs
@@ -211,12 +216,12 @@ class OptimizedForward:
             self._disabled[kind] = in_a_line(error)
             self._count_fallback(self._disabled[kind])
             return outputs
-        number = self.optimization.kinds[kind_key(self.name, kind)]
+        number = self.optimization.kinds[self.name, kind]
         if state is not None and not any(graph.kind == number for graph in self.report.graphs):
             self._disabled[kind] = "Dynamo captured no graph"
             self._count_fallback(self._disabled[kind])
         elif not self._graphs_run:
-            self._count_fallback(_TOO_MANY)
+            self._count_fallback(TOO_MANY)
         else:
             self.report.note_call(self.name, number, self._graphs_run)
         self._note_graph_breaks(known_breaks)
@@ -279,12 +284,12 @@ class OptimizedForward:
             outputs = self._run_captured(kind, call, None)
         finally:
             self._note_graph_breaks(known_breaks)
-        self.report.note_call(self.name, self.optimization.kinds[kind_key(self.name, kind)], self._graphs_run)
+        self.report.note_call(self.name, self.optimization.kinds[self.name, kind], self._graphs_run)
         return outputs
 
     def _note_graph_breaks(self, known: int) -> None:
         for graph_break in torch._dynamo.utils.graph_break_reasons[known:]:
-            self.report.graph_breaks[_where_and_why(graph_break)] += 1
+            self.report.graph_breaks[where_and_why(graph_break)] += 1
 
     def why_not_covered(self, batch: Mapping[str, Any]) -> str:
         """Why calls with `batch` run the original forward, or ''."""
@@ -298,7 +303,7 @@ class OptimizedForward:
         """The call through its graphs: with sizes that depend on data inside them, or where that fails without."""
         if kind not in self._compiled:
             self._has_boundaries = has_boundaries(self.model)
-        configuration = functools.partial(_dynamo_config, self._has_boundaries)
+        configuration = functools.partial(configured, self._has_boundaries)
         if kind in self._in_pieces:
             with configuration():
                 return self._graphs_for(kind)(self.original, call)
@@ -328,9 +333,9 @@ class OptimizedForward:
         """What runs calls of one kind. Each kind has a part of Dynamo's cache for itself, since that is small."""
         if kind not in self._compiled:
             kinds = self.optimization.kinds
-            number = kinds.setdefault(kind_key(self.name, kind), len(kinds))
+            number = kinds.setdefault((self.name, kind), len(kinds))
             backend = functools.partial(_weakly(self._backend), number)
-            self._compiled[kind] = torch.compile(_own_code(_captured_call), backend=backend, **_ISOLATED)
+            self._compiled[kind] = torch.compile(own_code(_captured_call), backend=backend, **ISOLATED)
         return self._compiled[kind]
 
     def _backend(self, kind: int, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -344,7 +349,7 @@ class OptimizedForward:
         elapsed_ms = 1e3 * (time.perf_counter() - start)
         if self.observe is not None:
             self.observe("defer_logits", module)
-        record = GraphRecord(kind, _frame(), _tidied(passes), before, snapshot(module), elapsed_ms)
+        record = GraphRecord(kind, frame_number(), _tidied(passes), before, snapshot(module), elapsed_ms)
         self.report.graphs.append(record)
         trace_graph(record)
         if self.settings.backend == "inductor":
@@ -354,7 +359,7 @@ class OptimizedForward:
             return wrap(self._counted(compiled, record))
         # "auto" runs the rewritten graph as it is: the fxopt ops carry what there is to gain, it needs no C++
         # compiler, and the first step comes after seconds instead of minutes.
-        _checkpoint_eagerly(module)
+        checkpoint_eagerly(module)
         rematerialize(module)
         return wrap(self._counted(self.runner(module), record))
 
@@ -381,33 +386,6 @@ class OptimizedForward:
         from fxopt.entries import enter
 
         return enter, (self.model, self.settings, self.replaced, self.optimization, self.name)
-
-
-def kind_key(name: str, kind: Hashable) -> Hashable:
-    """A kind of call among those of all ways into a model."""
-    return name, kind
-
-
-@contextlib.contextmanager
-def _quiet(is_first: bool) -> Iterator[None]:
-    """While a kind of call is captured, keeps back what this thread's Dynamo prints of an error: we say it in a line.
-
-    `TORCH_LOGS` shows it all.
-    """
-    if not is_first or os.environ.get("TORCH_LOGS"):
-        yield
-        return
-    here = threading.get_ident()
-
-    def drop_ours(record: logging.LogRecord) -> bool:
-        return record.thread != here
-
-    log = logging.getLogger("torch._guards")
-    log.addFilter(drop_ours)
-    try:
-        yield
-    finally:
-        log.removeFilter(drop_ours)
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -446,90 +424,6 @@ def _without_values(call: dict[str, Any], training: bool, entry: str) -> Capture
         for name, value in call.items()
     }
     return CapturedCall(arguments, training, torch.is_grad_enabled(), entry)
-
-
-def _checkpoint_eagerly(module: fx.GraphModule) -> None:
-    """Let activation checkpointing keep the random state, in place.
-
-    Dynamo's operator leaves that to Inductor: run as it is, it draws another dropout when it computes again.
-    """
-    for inner in graph_modules(module):
-        for node in inner.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
-            node.target = _checkpoint
-        inner.recompile()
-
-
-def _checkpoint(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
-    if SELECTIVE in body.meta:
-        options["context_fn"] = body.meta[SELECTIVE]
-    return checkpoint(body, *args, **{**options, "use_reentrant": False})
-
-
-def _dynamo_config(has_boundaries: bool, **options: bool) -> Any:
-    """A context in which Dynamo captures a call in as few graphs as it can."""
-    options["nested_graph_breaks"] = True
-    if has_boundaries:
-        # Their hooks write to attributes inside a checkpoint: they lend a module its parameters and take them back.
-        # Dynamo captures that only if told that the writing need not be repeated when backward computes again.
-        options["skip_fwd_side_effects_in_bwd_under_checkpoint"] = True
-    changes: dict[str, Any] = {n: v for n, v in options.items() if hasattr(torch._dynamo.config, n)}
-    if hasattr(logging.Logger, "warning_once"):
-        # transformers' advice that it gives once, and that the original forward still gives. Any logging breaks a graph
-        # in two; the advice about `loss_type` would come between the output head and its loss.
-        changes["ignore_logging_functions"] = _Unlisted({logging.Logger.warning_once})
-    if not _ISOLATED:
-        limit = torch._dynamo.config.recompile_limit * max(_num_own_codes, 1)
-        changes["recompile_limit"] = min(limit, torch._dynamo.config.accumulated_recompile_limit)
-    return torch._dynamo.config.patch(changes)
-
-
-class _Unlisted(set[Any]):
-    """A set that has its members, and shows none: before 2.13 Dynamo fails to write functions down in its metrics."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-
-_TOO_MANY = (
-    "Dynamo captured this call too often (something in it changes from call to call) and runs the original code: see "
-    "torch._dynamo.config.recompile_limit"
-)
-
-# Where a graph breaks, Dynamo caches the pieces with code objects that all models of a class share. Where torch cannot
-# keep their entries apart (before 2.13), they share one limit too, which therefore grows with their number.
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-)
-
-_num_own_codes = 0
-
-
-def _own_code(function: Callable[..., Any]) -> FunctionType:
-    """`function` with a code object and a name of its own.
-
-    Dynamo's cache and its limit belong to the code object; what it remembers of changing numbers, to the name. A
-    second model with another epsilon would otherwise be captured with its epsilon as an unknown.
-    """
-    global _num_own_codes
-    assert isinstance(function, FunctionType)
-    name = f"{function.__name__}_{_num_own_codes}"
-    _num_own_codes += 1
-    code = function.__code__.replace(co_name=name, co_qualname=name)
-    # And its own globals, where Dynamo puts what it compiled.
-    return FunctionType(code, dict(function.__globals__), name, function.__defaults__, function.__closure__)
-
-
-def _where_and_why(graph_break: Any) -> str:
-    """A graph break of Dynamo's in one line: `file.py:line: reason`."""
-    place = graph_break.user_stack[-1] if graph_break.user_stack else None
-    where = f"{Path(place.filename).name}:{place.lineno}: " if place is not None else ""
-    return where + graph_break.reason.strip().splitlines()[0]
-
-
-def _frame() -> int:
-    """Which piece of code Dynamo is compiling: the same for all recompilations of it."""
-    compile_id = CompileContext.current_compile_id()
-    return -1 if compile_id is None or compile_id.frame_id is None else compile_id.frame_id
 
 
 def _tidied(passes: list[PassRecord]) -> list[PassRecord]:

@@ -26,6 +26,7 @@ FLOORS = {
     "fxopt.passes": 2,
     "fxopt.deferred_logits": 3,
     "fxopt.deferred_tensor": 3,
+    "fxopt.dynamo": 3,
     "fxopt.entries": 3,
     "fxopt.log_probs": 3,
     "fxopt.output_head": 3,

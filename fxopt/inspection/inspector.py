@@ -50,7 +50,7 @@ def inspect_optimized(
         model = original_forwards(copy.deepcopy(forward.model))
     settings = Settings(forward.settings.policy, pipeline=forward.settings.pipeline, prove=prove)
     with mode:
-        calls = [_with_fake_tensors(call) for call in forward.optimization.calls]
+        calls = [_with_fake_tensors(call) for call in _calls_within(forward)]
     diff = _inspect(model, settings, calls, mode, on_progress)
     if not _same_rewrites(diff, forward.report):
         reason = "the graphs of the real calls are shown: on fake tensors the capture found others"
@@ -171,6 +171,13 @@ def _same_rewrites(diff: GraphDiff, report: Report) -> bool:
     """Whether each piece of code that really ran was found again, with as many rewrites."""
     latest = {(graph.kind, graph.frame): graph.hits().total() for graph in report.graphs}
     return sum(len(graph.rewrites) for graph in diff.graphs) >= sum(latest.values())
+
+
+def _calls_within(forward: OptimizedForward) -> Iterator[CapturedCall]:
+    """The calls of a module and of those inside it, told by their names in it."""
+    for call in forward.optimization.calls:
+        if not forward.name or f"{call.entry}.".startswith(f"{forward.name}."):
+            yield replace(call, entry=call.entry.removeprefix(forward.name).removeprefix("."))
 
 
 def _with_fake_tensors(call: CapturedCall) -> CapturedCall:

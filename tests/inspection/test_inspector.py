@@ -311,3 +311,12 @@ def test_equal_inspections_are_equal_and_evaluation_is_told():
         for diff in (first, second)
     ]
     assert graphs[0] == graphs[1] and graphs[0][0].call == "evaluation, 1 × 16 tokens"
+
+
+def test_an_optimized_model_that_was_entered_by_its_backbone():
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
+    batch = {name: value for name, value in tiny_batch().items() if name != "labels"}
+    model.model(**batch)[0].sum().backward()
+    for asked in (model, model.model):
+        diff = fxopt.inspect(asked)
+        assert len(diff.graphs) == 1 and len(diff.graphs[0].rewrites) >= 7 and not diff.fallbacks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,6 +65,27 @@ def both(train: Callable[[nn.Module], list[float]], make: Callable[[], nn.Module
         runs.append(run)
     runs[1].report = fxopt.report(model)
     return runs[0], runs[1]
+
+
+# Of a short run, for the Trainer and for TRL's.
+SHORT: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "save_strategy": "no",
+    "learning_rate": 1e-3,
+    "disable_tqdm": True,
+}
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """Trains, and returns the loss of each step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def assert_alike(

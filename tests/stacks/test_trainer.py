@@ -1,6 +1,5 @@
 """transformers' Trainer, and what people switch on there: the same losses and gradients, every fusion, no logits."""
 
-import warnings
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import fxopt
-from tests.stacks.runs import assert_alike, both
+from tests.stacks.runs import SHORT, assert_alike, both, losses_of
 from tests.tiny_models import tiny_batch, tiny_llama
 
 
@@ -36,25 +35,8 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def trainer_of(model: nn.Module, folder: Any, trainer: dict[str, Any] | None = None, **arguments: Any) -> Trainer:
-    settings: dict[str, Any] = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-    }
     options = {"train_dataset": Rows(arguments.pop("vary", False)), "data_collator": collate, **(trainer or {})}
-    return Trainer(model, TrainingArguments(str(folder), **settings | arguments), **options)
-
-
-def losses_of(trainer: Trainer) -> list[float]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Trainer(model, TrainingArguments(str(folder), **SHORT | arguments), **options)
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """TRL's trainers compute log-probabilities by themselves, from the backbone's output: everything below is fused."""
 
-import warnings
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import fxopt
-from tests.stacks.runs import assert_alike, both
+from tests.stacks.runs import SHORT, assert_alike, both, losses_of
 from tests.tiny_models import SIZES, tiny_llama
 
 trl = pytest.importorskip("trl", "1.15")
@@ -41,27 +40,7 @@ PROMPTS = [{"prompt": words(row, 6)} for row in range(8)]
 
 
 def settings(folder: Any, **options: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        **options,
-    }
-
-
-def losses_of(trainer: Any) -> list[float]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"output_dir": str(folder), **SHORT, "bf16": False, "gradient_checkpointing": False, **options}
 
 
 def sft(model: nn.Module, rows: list[dict[str, Any]], folder: Any, **options: Any) -> Any:

@@ -50,6 +50,7 @@ from fxopt.rewrite.structured_trace import trace_graph
 from fxopt.training_call import (
     LABELS,
     NOT_DIFFERENTIATED,
+    HookCount,
     as_captured,
     is_autocast,
     kind_of,
@@ -161,7 +162,10 @@ class OptimizedForward:
         self._in_pieces: set[Hashable] = set()  # kinds of call whose graphs break where sizes depend on data
         self._disabled: dict[Hashable, str] = {}  # kind of call → why it fell back
         self._graphs_run: list[GraphRecord] = []  # by the call that runs now
+        # The model's before the call that runs now, if that call captures.
+        self._state: ModelState | None = None
         self._has_boundaries = False
+        self._hooks: HookCount | None = None
         self.observe: Observer | None = None  # sees each graph before the passes, after each, and as it runs
         self.runner: Callable[[fx.GraphModule], Callable[..., Any]] = lambda module: module.forward
 
@@ -190,36 +194,55 @@ class OptimizedForward:
             with original_throughout():  # what the caller wants of the model, the modules inside it must give
                 return self._run_original(args, kwargs, reason)
         captured = as_captured(self.model, self.signature, call)
-        kind = kind_of(self.model, captured)
+        kind = kind_of(self.model, captured, self._num_hooks())
         if kind in self._disabled:
             return self._fall_back(args, kwargs, self._disabled[kind])
+        return self._run_or_fall_back(kind, captured, args, kwargs)
+
+    def _run_or_fall_back(
+        self,
+        kind: Hashable,
+        captured: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        again: bool = False,
+    ) -> Any:
+        """The call through its graphs, or through the original forward where that fails.
+
+        `again`: the original forward has just installed hooks, and the model is what it was before that call otherwise.
+        """
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
+        is_first = kind not in self._compiled
         self._graphs_run.clear()
         # A first call may fail after some of its graphs have run: then the next attempt starts where this one did.
-        state = ModelState(self.model) if kind not in self._compiled else None
-        if state is not None:
+        state = ModelState(self.model) if is_first else None
+        if is_first and not again:
             self.optimization.calls.append(_without_values(captured, self.model.training, self.name))
             self._look_at_autocast()
             prepare_dora(self.model)
             warn_about_torchao_layers(self.model)
         try:
-            with announced(self._announcement() if state is not None else None), quiet(state is not None):
+            with announced(self._announcement(again) if is_first else None), quiet(is_first):
                 outputs = self._run_captured(kind, captured, state)
         except _StopRecomputationError:
             raise  # a checkpoint around this call has computed again all that it needs
         except Exception as error:
             # Whatever the reason, the original must run now; if the call itself is at fault, it says so better.
-            if state is not None:
-                state.give_back()
+            num_hooks = self._num_hooks()
             with original_throughout():
                 outputs = self._run_original(args, kwargs, "")
+            if state is not None and not again and self._num_hooks() != num_hooks:
+                # Transformers installs the hooks that capture outputs in the first forward that is to give some.
+                state.give_back()
+                kind = kind_of(self.model, captured, self._num_hooks())
+                return self._run_or_fall_back(kind, captured, args, kwargs, again=True)
             self._disabled[kind] = in_a_line(error)
-            self._count_fallback(self._disabled[kind])
+            self._count_fallback(in_a_line(error))
             return outputs
         number = self.optimization.kinds[self.name, kind]
-        if state is not None and not any(graph.kind == number for graph in self.report.graphs):
+        if is_first and not any(graph.kind == number for graph in self.report.graphs):
             self._disabled[kind] = "Dynamo captured no graph"
-            self._count_fallback(self._disabled[kind])
+            self._count_fallback("Dynamo captured no graph")
         elif not self._graphs_run:
             self._count_fallback(TOO_MANY)
         else:
@@ -255,10 +278,22 @@ class OptimizedForward:
             )
         self.report.fallbacks[reason] += 1
 
-    def _announcement(self) -> str:
+    def _num_hooks(self) -> int:
+        if self._hooks is None:  # not while a model is unpickled
+            self._hooks = HookCount(self.model)
+        return self._hooks()
+
+    def _give_state_back(self) -> None:
+        if self._state is not None:
+            self._state.give_back()
+
+    def _announcement(self, again: bool) -> str:
         first = not self.optimization.calls[1:]
         name = f"{self.report.model}{f'.{self.name}' if self.name else ''}"
-        return f"capturing and checking {name} for its first call{'' if first else ' of another kind'}"
+        doing = "capturing and checking"
+        if again:
+            return f"{doing} {name} once more: its forward has installed hooks"
+        return f"{doing} {name} for its first call{'' if first else ' of another kind'}"
 
     def _look_at_autocast(self) -> None:
         if is_autocast() and not self.report.autocast:
@@ -279,7 +314,7 @@ class OptimizedForward:
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
         mark_dynamic(call)
         self._graphs_run.clear()
-        kind = kind_of(self.model, call)
+        kind = kind_of(self.model, call, self._num_hooks())
         try:
             outputs = self._run_captured(kind, call, None)
         finally:
@@ -296,10 +331,20 @@ class OptimizedForward:
         return why_not_covered(self.model, named_arguments(self.signature, (), dict(batch)))
 
     def _run_captured(self, kind: Hashable, call: dict[str, Any], state: ModelState | None) -> Any:
-        with original_throughout():
-            return self._through_graphs(kind, call, state)
+        """The call through its graphs. If that fails, the model is left as it was, in `state` or before its graphs."""
+        self._state = state
+        try:
+            with original_throughout():
+                return self._through_graphs(kind, call)
+        except _StopRecomputationError:
+            raise
+        except Exception:
+            self._give_state_back()
+            raise
+        finally:
+            self._state = None
 
-    def _through_graphs(self, kind: Hashable, call: dict[str, Any], state: ModelState | None) -> Any:
+    def _through_graphs(self, kind: Hashable, call: dict[str, Any]) -> Any:
         """The call through its graphs: with sizes that depend on data inside them, or where that fails without."""
         if kind not in self._compiled:
             self._has_boundaries = has_boundaries(self.model)
@@ -315,8 +360,7 @@ class OptimizedForward:
             whole, graphs = self._compiled.pop(kind, None), self.report.graphs[num_graphs:]
             del self.report.graphs[num_graphs:]
             self._graphs_run.clear()
-            if state is not None:
-                state.give_back()
+            self._give_state_back()
             try:
                 with configuration():
                     outputs = self._graphs_for(kind)(self.original, call)
@@ -342,6 +386,8 @@ class OptimizedForward:
         """What Dynamo calls for each graph of the `kind`-th kind of call."""
         if self.observe is not None:
             self.observe("captured", module)
+        elif self._state is None and not self._graphs_run:  # of a kind that was captured before, and has changed since
+            self._state = ModelState(self.model)
         start = time.perf_counter()
         before = snapshot(module)
         passes = (self.settings.pipeline or EXACT).run(module, self.optimization.prover, self.observe)

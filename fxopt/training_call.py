@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Mapping
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ LABELS = ("labels", "targets", "target")
 NOT_DIFFERENTIATED = "the call has no labels, and nothing is differentiated"
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GET_HOOKS, _GET_MODULES = itemgetter(*_HOOKS), itemgetter("_modules")
 
 
 def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Call) -> Call | None:
@@ -120,32 +122,43 @@ def _spare_the_mask(model: nn.Module, signature: inspect.Signature, call: Call) 
             call["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
 
 
-def kind_of(model: nn.Module, call: Call) -> Hashable:
-    """What calls have in common that can share their graphs: everything that Dynamo would capture anew for."""
+def kind_of(model: nn.Module, call: Call, num_hooks: int) -> Hashable:
+    """What calls have in common that can share their graphs: everything that Dynamo would capture anew for.
+
+    `num_hooks`: how many the model's modules have. Dynamo does not look at hooks again once it has captured a module.
+    """
     shapes = tuple(
         (name, tuple(size == 1 for size in value.shape[:2]) if isinstance(value, torch.Tensor) else None)
         for name, value in sorted(call.items())
     )
     autocast = tuple(torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES)
     modes = model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    # Dynamo does not look at hooks again once it has captured a module.
-    hooks = _num_hooks(model) + sum(len(getattr(torch.nn.modules.module, f"_global{name}")) for name in _HOOKS)
-    return shapes, autocast, modes, hooks
+    process_wide = sum(len(getattr(torch.nn.modules.module, f"_global{name}")) for name in _HOOKS)
+    return shapes, autocast, modes, num_hooks + process_wide
 
 
-def _num_hooks(model: nn.Module) -> int:
-    """Of all modules; not by `Module.modules`, which takes a tenth of a small model's call."""
-    count, found, seen = 0, [model], set()
-    while found:
-        module = found.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            attributes = module.__dict__
-            for name in _HOOKS:
-                count += len(attributes[name] if name in attributes else getattr(module, name))  # a traced module's
-            children = attributes["_modules"].values() if "_modules" in attributes else module.children()
-            found += [child for child in children if child is not None]
-    return count
+class HookCount:
+    """How many hooks a model's modules have, asked in each call: what a walk over the modules finds is kept."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._walk()
+
+    def _walk(self) -> None:
+        modules = list(self._model.modules())
+        # `torch.jit.trace` makes modules that have no hooks in their `__dict__`, and no children either.
+        self._traced = [module for module in modules if _HOOKS[0] not in module.__dict__]
+        self._attributes = [module.__dict__ for module in modules if _HOOKS[0] in module.__dict__]
+        self._children = self._children_now()
+
+    def _children_now(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, map(_GET_MODULES, self._attributes))))
+
+    def __call__(self) -> int:
+        if self._children_now() != self._children:  # the same modules: they have no equality of their own
+            self._walk()
+        count = sum(map(len, chain.from_iterable(map(_GET_HOOKS, self._attributes))))
+        return count + sum(len(getattr(module, name)) for module in self._traced for name in _HOOKS)
 
 
 def _takes(signature: inspect.Signature, name: str) -> bool:

@@ -36,13 +36,14 @@ from fxopt.kernels.linear_head import (
     check_options,
     empty_gradients,
     exact_dtype,
-    head_chunks,
     head_workspace_bytes,
     hidden_grad_dtype,
-    logits_by_chunk,
+    logits_by_part,
+    parts_of_logits,
     rounded,
     rows_that_count,
     softmax_step,
+    some_rows,
 )
 from fxopt.kernels.op import op
 
@@ -236,12 +237,12 @@ def _loss_and_grads(
         scale = 1 / max(rows.num_kept, 1) if reduction == "mean" else 1.0
         scales = rows.take(hidden.new_full((rows.num_rows,), scale, dtype=dtype))
     losses = hidden.new_empty(rows.labels.shape, dtype=exact_dtype(hidden))
-    chunks = head_chunks(rows, weight)
-    gradients = HeadGradients(rows, weight, wanted, len(chunks))
-    for chunk, logits in logits_by_chunk(rows, weight, bias, chunks):
-        chunk_scales = None if scales is None else scales[chunk]
-        softmax_rows(logits, rows.labels[chunk], chunk_scales, losses[chunk], options)
-        gradients.add(chunk, logits)
+    parts = parts_of_logits(some_rows, rows, weight)
+    gradients = HeadGradients(rows, weight, wanted, parts)
+    for part, logits in logits_by_part(rows, weight, bias, parts):
+        part_scales = None if scales is None else scales[part.rows]
+        softmax_rows(logits, rows.labels[part.rows], part_scales, losses[part.rows], options)
+        gradients.add(part, logits)
 
     if reduction == "none":
         loss = rows.put_back(losses)
@@ -259,7 +260,7 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
     """The most that the op holds at once beside its arguments and results; `options` are its other arguments."""
     *_, softcap, _, _, want_hidden, want_weight, want_bias = options
     copies = 2 if softcap is not None and (want_hidden or want_weight or want_bias) else 1
-    return head_workspace_bytes(hidden, weight, copies, want_hidden, want_weight)
+    return head_workspace_bytes(some_rows, hidden, weight, copies, want_hidden, want_weight)
 
 
 def _softmax_rows(logits: Tensor, labels: Tensor, scales: Tensor | None, losses: Tensor, options: _Options) -> None:

@@ -1,16 +1,17 @@
-"""What the ops on a linear output head share: logits a chunk of rows at a time, and gradients from the logits'.
+"""What the ops on a linear output head share: logits a part at a time, and gradients from the logits'.
 
 logits = hidden @ weightᵀ + bias, rounded to hidden's dtype, for hidden (N, D), weight (V, D), bias (V,), labels (N,).
 Rows whose label is ignore_index are left out before the first matrix product and cost nothing (on a GPU, finding them
-waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. They go through one reused buffer
-of at most CHUNK_ROWS rows and CHUNK_BYTES (on a GPU GPU_CHUNK_BYTES), in which an op replaces the logits by their
-gradient. Of that
+waits for the device once); rows of zeros take the rest to a multiple of ROW_MULTIPLE. Their logits go through a buffer
+of at most CHUNK_BYTES (on a GPU GPU_CHUNK_BYTES), in which an op replaces them by their gradient:
+- some rows, at most CHUNK_ROWS, with all their columns, where a softmax is to be found first;
+- some columns, of all rows, where the softmax is known: then not dweight is the sum over parts, but the small dhidden.
     dhidden = dlogits @ weight,  dweight = dlogitsᵀ @ hidden,  dbias = Σ_rows dlogits
-where dweight is summed over chunks in float32.
+What is summed over parts is summed in float32.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ ROW_MULTIPLE = 64
 # rows that are not aligned by more than two bytes at a time.
 ROW_ALIGNMENT = 64
 SOFTMAX_BYTES = 8 * 2**20  # float32 working set of the softmax on the CPU: a share of the last-level cache
-VOCABULARY_BLOCK = 4096  # rows of the weight's gradient that the CPU adds up at a time
+SUM_BLOCK = 4096  # rows of a gradient that the CPU adds up at a time
 BLOCK = 2048  # columns that a Triton program holds at a time
 
 Wanted = tuple[bool, bool, bool]  # which gradients: of hidden, of weight, of bias
@@ -119,16 +120,11 @@ def _check_labels(op: str, labels: Tensor, vocabulary: int) -> None:
         raise IndexError(f"{op}: Target {labels[out_of_range][0]} is out of bounds.")
 
 
-def chunks_of_rows(num_rows: int, row_bytes: int, device: torch.device) -> list[slice]:
-    """Slices of nearly equal length, none longer than CHUNK_ROWS or, with its logits, larger than CHUNK_BYTES.
+class Part(NamedTuple):
+    """The logits that are in the buffer at once: a tile of all rows that count and all columns."""
 
-    On a GPU the bound is GPU_CHUNK_BYTES.
-    """
-    most_bytes = CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
-    most = max(1, min(CHUNK_ROWS, most_bytes // row_bytes))
-    num_chunks = -(-num_rows // most)
-    bounds = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else []
-    return [slice(start, stop) for start, stop in pairwise(bounds)]
+    rows: slice
+    columns: slice
 
 
 def aligned_width(width: int) -> int:
@@ -136,63 +132,107 @@ def aligned_width(width: int) -> int:
     return -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def head_chunks(rows: HeadRows, weight: Tensor) -> list[slice]:
-    """The chunks in which the rows go through the head."""
-    hidden = rows.hidden
-    return chunks_of_rows(hidden.shape[0], weight.shape[0] * hidden.element_size(), hidden.device)
+def _most_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
 
 
-def logits_by_chunk(
-    rows: HeadRows, weight: Tensor, bias: Tensor | None, chunks: list[slice]
-) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk with its logits (n, V), all in one buffer: what is done with them must be done before the next.
+def some_rows(num_rows: int, vocabulary: int, itemsize: int, device: torch.device) -> list[Part]:
+    """Parts of nearly equal numbers of rows; none with more than CHUNK_ROWS or, if it can be, the buffer's bytes."""
+    most = max(1, min(CHUNK_ROWS, _most_bytes(device) // max(1, vocabulary * itemsize)))
+    num_parts = -(-num_rows // most)
+    bounds = [num_rows * i // num_parts for i in range(num_parts + 1)] if num_parts else []
+    return [Part(slice(start, stop), slice(0, vocabulary)) for start, stop in pairwise(bounds)]
+
+
+def some_columns(num_rows: int, vocabulary: int, itemsize: int, device: torch.device) -> list[Part]:
+    """Parts of nearly equal numbers of columns; none with more than the buffer's bytes, if it can be."""
+    if not num_rows:
+        return []
+    most = max(1, _most_bytes(device) // (num_rows * itemsize))
+    width = -(-vocabulary // -(-vocabulary // most)) if vocabulary else 1
+    if ROW_ALIGNMENT < width < vocabulary:
+        width -= width % ROW_ALIGNMENT
+    bounds = [*range(0, vocabulary, width), vocabulary]
+    return [Part(slice(0, num_rows), slice(start, stop)) for start, stop in pairwise(bounds)]
+
+
+Split = Callable[[int, int, int, torch.device], list[Part]]  # `some_rows` or `some_columns`
+
+
+def parts_of_logits(split: Split, rows: HeadRows, weight: Tensor) -> list[Part]:
+    """The parts that the rows' logits are computed in."""
+    return split(rows.hidden.shape[0], weight.shape[0], rows.hidden.element_size(), rows.hidden.device)
+
+
+def _most_rows_and_columns(parts: list[Part]) -> tuple[int, int]:
+    num_rows = max((part.rows.stop - part.rows.start for part in parts), default=0)
+    return num_rows, max((part.columns.stop - part.columns.start for part in parts), default=0)
+
+
+def logits_by_part(
+    rows: HeadRows, weight: Tensor, bias: Tensor | None, parts: list[Part]
+) -> Iterator[tuple[Part, Tensor]]:
+    """Each part with its logits, all in one buffer: what is done with them must be done before the next.
 
     The buffer's rows are a multiple of ROW_ALIGNMENT apart, with zeros between them.
     """
-    most, vocabulary = max((chunk.stop - chunk.start for chunk in chunks), default=0), weight.shape[0]
-    buffer = rows.hidden.new_empty(most, aligned_width(vocabulary))
-    buffer[:, vocabulary:].zero_()
-    for chunk in chunks:
-        logits = buffer[: chunk.stop - chunk.start, :vocabulary]
+    num_rows, num_columns = _most_rows_and_columns(parts)
+    buffer = rows.hidden.new_empty(num_rows, aligned_width(num_columns))
+    for part in parts:
+        logits = buffer[: part.rows.stop - part.rows.start, : part.columns.stop - part.columns.start]
+        buffer[: logits.shape[0], logits.shape[1] : aligned_width(logits.shape[1])] = 0.0
         if bias is None:
-            torch.mm(rows.hidden[chunk], weight.t(), out=logits)
+            torch.mm(rows.hidden[part.rows], weight[part.columns].t(), out=logits)
         else:
-            torch.addmm(bias, rows.hidden[chunk], weight.t(), out=logits)
-        yield chunk, logits
+            torch.addmm(bias[part.columns], rows.hidden[part.rows], weight[part.columns].t(), out=logits)
+        yield part, logits
 
 
 class HeadGradients:
-    """The gradients of hidden, weight and bias, from the logits' chunk by chunk. Those not wanted are empty."""
+    """The gradients of hidden, weight and bias, from the logits' part by part. Those not wanted are empty."""
 
-    def __init__(self, rows: HeadRows, weight: Tensor, wanted: Wanted, num_chunks: int):
+    def __init__(self, rows: HeadRows, weight: Tensor, wanted: Wanted, parts: list[Part]):
         self._rows, self._weight, self._wanted = rows, weight, wanted
-        # With one chunk its product is the weight's gradient; a sum over several is kept in float32.
-        self._is_summed = num_chunks != 1
+        # What one part gives as a whole is its product; what several add to is kept in float32.
+        self._sums_hidden = len({part.columns.start for part in parts}) > 1
+        self._sums_weight = len({part.rows.start for part in parts}) != 1
         hidden, (want_hidden, want_weight, want_bias) = rows.hidden, wanted
-        dtype = compute_dtype(hidden) if self._is_summed else weight.dtype
-        self._dhidden = hidden.new_empty(hidden.shape if want_hidden else 0, dtype=hidden_grad_dtype(hidden))
-        self._dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=dtype)
-        if self._is_summed:
+        wide = compute_dtype(hidden)
+        dtype = wide if self._sums_hidden else hidden_grad_dtype(hidden)
+        self._dhidden = hidden.new_empty(hidden.shape if want_hidden else 0, dtype=dtype)
+        if self._sums_hidden:
+            self._dhidden.zero_()
+        self._dweight = weight.new_empty(
+            weight.shape if want_weight else 0, dtype=wide if self._sums_weight else weight.dtype
+        )
+        if self._sums_weight:
             self._dweight.zero_()
         self._dbias = weight.new_zeros(weight.shape[0] if want_bias else 0, dtype=exact_dtype(hidden))
 
-    def add(self, chunk: slice, dlogits: Tensor) -> None:
-        """One chunk's part; overwrites what dlogits (n, V) has for rows of zeros."""
+    def add(self, part: Part, dlogits: Tensor) -> None:
+        """One part's share; overwrites what dlogits has for rows of zeros."""
         want_hidden, want_weight, want_bias = self._wanted
-        dlogits[max(self._rows.num_kept - chunk.start, 0) :] = 0.0  # infinite weights make NaN of rows of zeros
-        if want_hidden:
-            _product(dlogits, self._weight, self._dhidden[chunk])
-        if want_weight and self._is_summed:
-            _add_product(self._dweight, dlogits.t(), self._rows.hidden[chunk])
+        # Infinite weights make NaN of rows of zeros.
+        dlogits[max(self._rows.num_kept - part.rows.start, 0) :] = 0.0
+        if want_hidden and self._sums_hidden:
+            _add_product(self._dhidden[part.rows], dlogits, self._weight[part.columns])
+        elif want_hidden:
+            _product(dlogits, self._weight, self._dhidden[part.rows])
+        if want_weight and self._sums_weight:
+            _add_product(self._dweight[part.columns], dlogits.t(), self._rows.hidden[part.rows])
         elif want_weight:
-            torch.mm(dlogits.t(), self._rows.hidden[chunk], out=self._dweight)
+            torch.mm(dlogits.t(), self._rows.hidden, out=self._dweight[part.columns])
         if want_bias:
-            self._dbias += dlogits.sum(0, dtype=compute_dtype(dlogits))
+            self._dbias[part.columns] += dlogits.sum(0, dtype=compute_dtype(dlogits))
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dhidden of all rows in `hidden_grad_dtype`, dweight in the weight's dtype, dbias in `exact_dtype`."""
-        dhidden = self._rows.put_back(self._dhidden) if self._wanted[0] else self._dhidden
-        return dhidden, self._dweight.to(self._weight.dtype), self._dbias
+        dhidden = self._dhidden.to(hidden_grad_dtype(self._rows.hidden))
+        return (
+            self._rows.put_back(dhidden) if self._wanted[0] else dhidden,
+            self._dweight.to(self._weight.dtype),
+            self._dbias,
+        )
 
 
 def empty_gradients(hidden: Tensor, weight: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,25 +253,28 @@ def rounded(gradients: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tup
 
 def softmax_step(vocabulary: int, copies: int) -> int:
     """Rows of which so many float32 copies fit the softmax's working set on the CPU."""
-    return max(1, SOFTMAX_BYTES // (4 * vocabulary * copies))
+    return max(1, SOFTMAX_BYTES // (4 * max(vocabulary, 1) * copies))
 
 
-def head_workspace_bytes(hidden: Tensor, weight: Tensor, copies: int, want_hidden: bool, want_weight: bool) -> int:
+def head_workspace_bytes(
+    split: Split, hidden: Tensor, weight: Tensor, copies: int, want_hidden: bool, want_weight: bool
+) -> int:
     """The most that an op holds at once beside its arguments and results, if some rows are left out.
 
     `copies` is how many float32 copies of a few rows of logits the softmax takes. Rows without a label at the end of
     each sequence are left out where a model shifts its labels.
     """
     itemsize, width, wide = hidden.element_size(), hidden.shape[1], compute_dtype(hidden).itemsize
-    num_rows, vocabulary = -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE, weight.shape[0]
-    chunks = chunks_of_rows(num_rows, vocabulary * itemsize, hidden.device)
-    chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    gradient = hidden_grad_dtype(hidden).itemsize if want_hidden else 0
-    held = chunk_rows * aligned_width(vocabulary) * itemsize + num_rows * (
+    num_rows = -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE
+    parts = split(num_rows, weight.shape[0], itemsize, hidden.device)
+    part_rows, part_columns = _most_rows_and_columns(parts)
+    sums_hidden, sums_weight = part_columns < weight.shape[0], part_rows < num_rows
+    gradient = (wide if sums_hidden else hidden_grad_dtype(hidden).itemsize) if want_hidden else 0
+    held = part_rows * aligned_width(part_columns) * itemsize + num_rows * (
         aligned_width(width) * itemsize + width * gradient
     )
-    scratch = copies * min(chunk_rows, softmax_step(vocabulary, copies)) * vocabulary * wide
-    if not want_weight or len(chunks) == 1 or wide == itemsize:
+    scratch = copies * min(part_rows, softmax_step(part_columns, copies)) * part_columns * wide
+    if not want_weight or not sums_weight or wide == itemsize:
         return held + scratch
     # The weight's gradient is summed in float32; its result comes when the softmax is done.
     return held + weight.numel() * wide + max(0, scratch - weight.numel() * itemsize)
@@ -271,6 +314,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if _has_wide_products(total.device):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
-    step = VOCABULARY_BLOCK if total.device.type == "cpu" else total.shape[0]
+    step = SUM_BLOCK if total.device.type == "cpu" else total.shape[0]
     for start in range(0, total.shape[0], step):
         total[start : start + step] += a[start : start + step] @ b

@@ -6,7 +6,7 @@ Softmax and Σ p z in one pass as Milakov and Gimelshein, "Online normalizer cal
 Shapes: hidden (..., D), weight (V, D), bias (V,), labels (...) int64 -> log_prob, entropy, logsumexp, is_top, all in
 labels' shape: float32 (float64 for float64 inputs), is_top bool. Labels are already shifted.
 The logits x are rounded to hidden's dtype, as eager code rounds them. All from there to dx is float32 (float64 for
-float64 inputs); dx is rounded once; dweight is summed over chunks in float32.
+float64 inputs); dx is rounded once.
     z = logit_scale * x / temperature,  or with softcap  z = softcap * tanh(logit_scale * x / softcap) / temperature
     logsumexp = log Σ exp(z),  log_prob = z[label] - logsumexp,  entropy = logsumexp - Σ p z  with  p = softmax(z)
     is_top = whether no x is larger than x[label], and of those that are equal none comes before it
@@ -14,10 +14,11 @@ Gradient, from those of log_prob (g), entropy (h) and logsumexp (l):
     dz = p * (l - g - h * (log p + entropy)) + g * onehot(label)
     dx = dz * logit_scale / temperature,  with softcap  * (1 - tanh²)
     dhidden = dx @ weight,  dweight = dxᵀ @ hidden,  dbias = Σ_rows dx
-Chunk by chunk as `linear_head.py` says, in the forward, and again in the backward, where dx replaces the logits. Rows
-whose label is ignore_index are left out; their results are zeros and False. Kept for the backward are, beside the
-arguments, three numbers a row.
-Bytes that must move: hidden and weight, twice, their gradients, and for each chunk 2 + 3 passes over the buffer.
+As `linear_head.py` says, some rows at a time in the forward, and some columns at a time in the backward, which knows
+the softmax: there dx replaces the logits, and dhidden is summed over the parts in float32. Rows whose label is
+ignore_index are left out; their results are zeros and False. Kept for the backward are, beside the arguments, three
+numbers a row.
+Bytes that must move: hidden and weight, twice, their gradients, and for each part 2 + 3 passes over the buffer.
 """
 
 import math
@@ -34,11 +35,13 @@ from fxopt.kernels.linear_head import (
     check_head,
     check_options,
     empty_gradients,
-    head_chunks,
     head_workspace_bytes,
-    logits_by_chunk,
+    logits_by_part,
+    parts_of_logits,
     rounded,
     rows_that_count,
+    some_columns,
+    some_rows,
 )
 from fxopt.kernels.log_prob_rows import (
     LogitOptions,
@@ -245,13 +248,13 @@ def _forward(
     compute: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
     ignore_index: int | None, temperature: float, softcap: float | None, logit_scale: float, with_entropy: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The loop over chunks, which all devices share. An entropy that is not wanted comes back empty."""
+    """The loop over some rows at a time, which all devices share. An entropy that is not wanted comes back empty."""
     rows = rows_that_count("linear_log_prob", hidden, weight, labels, ignore_index)
     options = LogitOptions(temperature, softcap, logit_scale)
     empty, entropy, *others = _empty_results(hidden, rows.labels, with_entropy)
     results = RowResults(empty, entropy if with_entropy else None, *others)
-    for chunk, logits in logits_by_chunk(rows, weight, bias, head_chunks(rows, weight)):
-        compute(logits, rows.labels[chunk], results.of(chunk), options)
+    for part, logits in logits_by_part(rows, weight, bias, parts_of_logits(some_rows, rows, weight)):
+        compute(logits, rows.labels[part.rows], results.of(part.rows), options)
     return tuple(entropy if result is None else rows.put_back(result) for result in results)
 
 
@@ -269,18 +272,18 @@ def _backward(
     temperature: float, softcap: float | None, logit_scale: float,
     want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loop over chunks, which all devices share. Gradients that are not wanted come back empty."""
+    """The loop over some columns at a time, which all devices share. Gradients that are not wanted come back empty."""
     rows = rows_that_count("linear_log_prob", hidden, weight, labels, ignore_index)
     of_rows = RowGradients._make(
         None if gradient is None else rows.take(gradient)
         for gradient in _row_gradients(dlog_prob, dentropy, dlogsumexp, entropy, total)
     )
     maximum, total = rows.take(maximum), rows.take(total)
-    options, chunks = LogitOptions(temperature, softcap, logit_scale), head_chunks(rows, weight)
-    gradients = HeadGradients(rows, weight, (want_hidden, want_weight, want_bias), len(chunks))
-    for chunk, logits in logits_by_chunk(rows, weight, bias, chunks):
-        compute(logits, rows.labels[chunk], maximum[chunk], total[chunk], of_rows.of(chunk), options)
-        gradients.add(chunk, logits)
+    options, parts = LogitOptions(temperature, softcap, logit_scale), parts_of_logits(some_columns, rows, weight)
+    gradients = HeadGradients(rows, weight, (want_hidden, want_weight, want_bias), parts)
+    for part, logits in logits_by_part(rows, weight, bias, parts):
+        compute(logits, rows.labels - part.columns.start, maximum, total, of_rows, options)
+        gradients.add(part, logits)
     return rounded(gradients.result(), hidden.dtype)
 
 
@@ -367,7 +370,8 @@ _linear_log_prob.register_autograd(_differentiate, setup_context=_setup_context)
 
 def workspace_bytes(hidden: Tensor, weight: Tensor, *options: Any) -> int:
     """The most that the forward holds at once beside its arguments and results; `options` are its other arguments."""
-    return head_workspace_bytes(hidden, weight, 2 if options[-1] else 1, want_hidden=False, want_weight=False)
+    copies = 2 if options[-1] else 1
+    return head_workspace_bytes(some_rows, hidden, weight, copies, want_hidden=False, want_weight=False)
 
 
 def backward_workspace_bytes(*args: Any) -> int:
@@ -375,4 +379,4 @@ def backward_workspace_bytes(*args: Any) -> int:
     dentropy, hidden, weight = args[1], args[3], args[4]
     *_, softcap, _, want_hidden, want_weight, _ = args
     copies = 1 + (dentropy is not None) + (softcap is not None)
-    return head_workspace_bytes(hidden, weight, copies, want_hidden, want_weight)
+    return head_workspace_bytes(some_columns, hidden, weight, copies, want_hidden, want_weight)

@@ -2,7 +2,8 @@
 
 Formulas and dtypes are in `linear_log_prob.py`. Logits x (n, V) in any floating dtype, contiguous; labels (n,) int64;
 everything else (n,) in `compute_dtype`. The forward reads x once, in one pass that keeps the running maximum m,
-Σ exp(z - m) and Σ exp(z - m) (z - m). The backward reads x and writes dx over it.
+Σ exp(z - m) and Σ exp(z - m) (z - m). The backward reads x and writes dx over it; there x may be some columns of all,
+and labels, which count from the first of these, may lie outside.
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
 """
 
@@ -205,6 +206,8 @@ def backward_rows(
 ) -> None:
     """In ATen calls, a few rows at a time so that the float32 copies stay in the cache: logits become dlogits."""
     num_rows, vocabulary = logits.shape
+    is_here = (labels >= 0) & (labels < vocabulary)
+    labels, at_labels = labels.where(is_here, 0), gradients.at_label.where(is_here, 0.0)
     has_slope, has_cap = gradients.slope is not None, options.softcap is not None
     step = softmax_step(vocabulary, 1 + has_slope + has_cap)
     scratch = logits.new_empty(min(step, num_rows), vocabulary, dtype=compute_dtype(logits))
@@ -220,7 +223,7 @@ def backward_rows(
         z.sub_(maximum[block].unsqueeze(1))
         if options.factor != 1.0:
             z.mul_(options.factor)
-        mass, at_label = (each[block].unsqueeze(1) * scale for each in (gradients.mass, gradients.at_label))
+        mass, at_label = (each[block].unsqueeze(1) * scale for each in (gradients.mass, at_labels))
         if gradients.slope is None:
             dz = z.exp_().mul_(mass / row_total)
         else:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
 from fxopt.capture import OptimizedForward
-from fxopt.training_call import _num_hooks
+from fxopt.training_call import HookCount
 from tests.tiny_models import LLAMA_HITS, tiny_batch, tiny_llama, tiny_model
 from tests.training import assert_trains_alike, gradients
 
@@ -374,10 +374,16 @@ def test_hooks_are_counted_in_modules_of_every_kind():
     """Of a module that `torch.jit.trace` made there is no `__dict__` to look them up in."""
     linear = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(linear, torch.jit.trace(torch.nn.Linear(4, 4), torch.zeros(1, 4)), linear)
-    assert _num_hooks(model) == 0
+    count = HookCount(model)
+    assert count() == 0
     linear.register_forward_hook(lambda *_: None)
     linear.register_forward_pre_hook(lambda *_: None)
-    assert _num_hooks(model) == 2
+    assert count() == 2
+    model[0] = torch.nn.Linear(4, 4)
+    model[0].register_forward_hook(lambda *_: None)
+    assert count() == 3
+    model.append(torch.nn.Linear(4, 4)).register_full_backward_hook(lambda *_: None)
+    assert count() == 4
 
 
 def test_process_wide_hooks_registered_later_run():

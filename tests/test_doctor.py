@@ -97,7 +97,7 @@ def test_a_missing_optional_package_is_not_needed(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", without_peft)
     peft = next(check for check in version_checks() if check.name == "peft")
-    assert (peft.state, peft.needed) == ("missing", False) and peft.mend.endswith("-m pip install peft")
+    assert (peft.state, peft.needed) == ("missing", False) and peft.mend.endswith("-m pip install 'peft>=0.21'")
 
 
 def test_a_package_that_cannot_be_imported_is_to_be_installed_again():

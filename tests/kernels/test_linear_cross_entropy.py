@@ -44,7 +44,7 @@ def assert_accurate(*args: Any, **options: Any) -> None:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_head, "CHUNK_ROWS", 16)
     monkeypatch.setattr(linear_head, "SOFTMAX_BYTES", 5000)
-    monkeypatch.setattr(linear_head, "VOCABULARY_BLOCK", 30)
+    monkeypatch.setattr(linear_head, "SUM_BLOCK", 30)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

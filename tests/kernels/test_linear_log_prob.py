@@ -53,8 +53,9 @@ def assert_accurate(*args: Any, **options: Any) -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_head, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(linear_head, "SOFTMAX_BYTES", 5000)
-    monkeypatch.setattr(linear_head, "VOCABULARY_BLOCK", 30)
+    for name in ("CHUNK_BYTES", "GPU_CHUNK_BYTES", "SOFTMAX_BYTES"):
+        monkeypatch.setattr(linear_head, name, 5000)
+    monkeypatch.setattr(linear_head, "SUM_BLOCK", 30)
 
 
 @entropy_or_not
@@ -354,25 +355,25 @@ def test_without_autograd(options: dict[str, float], with_entropy: bool, device:
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.usefixtures("small_chunks")
 def test_never_holds_the_logits(ignored: float, device: str, monkeypatch: Any) -> None:
-    """One buffer of a chunk's rows is all there is, and of the ignored rows none but a few zeros enter it."""
-    seen: list[tuple[int, int]] = []
-    original = kernel.logits_by_chunk
+    """One buffer for a part of them is all there is, and of the ignored rows none but a few zeros enter it."""
+    seen: list[tuple[int, int, int]] = []
+    original = kernel.logits_by_part
 
     def spy(*args: Any) -> Any:
-        for chunk, logits in original(*args):
-            seen.append((logits.shape[0], logits.data_ptr()))
-            yield chunk, logits
+        for part, logits in original(*args):
+            seen.append((*logits.shape, logits.data_ptr()))
+            yield part, logits
 
-    monkeypatch.setattr(kernel, "logits_by_chunk", spy)
-    hidden, weight, labels = inputs(100, 8, 20, dtype=torch.bfloat16, device=device, ignored=ignored)
+    monkeypatch.setattr(kernel, "logits_by_part", spy)
+    hidden, weight, labels = inputs(100, 8, 70, dtype=torch.bfloat16, device=device, ignored=ignored)
     log_prob = linear_log_prob(hidden, weight, labels).log_prob
     num_kept = int((labels != -100).sum())
     multiple = linear_head.ROW_MULTIPLE
     num_rows = 100 if num_kept == 100 else -(-num_kept // multiple) * multiple
     for _ in range(2):
-        assert sum(rows for rows, _ in seen) == num_rows
-        assert max(rows for rows, _ in seen) <= linear_head.CHUNK_ROWS
-        assert len({address for _, address in seen}) == 1
+        assert sum(rows * columns for rows, columns, _ in seen) == num_rows * 70 and len(seen) > 1
+        assert max(rows * columns * 2 for rows, columns, _ in seen) <= linear_head.CHUNK_BYTES
+        assert len({address for *_, address in seen}) == 1
         seen.clear()
         log_prob.sum().backward(retain_graph=True)
 

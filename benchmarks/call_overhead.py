@@ -6,8 +6,9 @@
 here, as a GPU's queue would let it: what remains is the way to the kernel. Three ways take turns: transformers as it
 is, fxopt calling its kernels directly, as in training, and by `torch.library.custom_op`, as under a dispatch mode.
 
-A second table has what a call costs outside its graph: the way in, Dynamo's guards, and the output. It must stay below
-0.5 ms, whether the model is called with labels, without, or by its backbone.
+A second table has what a call costs outside its graph, whether the model is called with labels, without, or by its
+backbone: the way in, Dynamo's guards (5,800 for 30 layers), fetching 273 parameters, and the output. The plain model
+pays for the calls of its modules instead: the first table has the difference, which must stay below 0.5 ms.
 """
 
 import argparse
@@ -122,11 +123,13 @@ def time_outside_graphs(layers: int, repeats: int) -> dict[str, float]:
 
 
 def print_table(times: dict[str, list[tuple[float, float]]]) -> None:
-    table = Table("", "forward, ms", "backward, ms", "forward / plain", "backward / plain")
+    table = Table("", "forward, ms", "backward, ms", "forward - plain, ms", "forward / plain", "backward / plain")
     medians = {way: [statistics.median(t) for t in zip(*pairs, strict=True)] for way, pairs in times.items()}
     for way, (forward, backward) in medians.items():
         ratios = [mine / plain for mine, plain in zip((forward, backward), medians["plain"], strict=True)]
-        table.add_row(way, f"{1e3 * forward:.1f}", f"{1e3 * backward:.1f}", *(f"{ratio:.2f}" for ratio in ratios))
+        more = statistics.median(mine[0] - plain[0] for mine, plain in zip(times[way], times["plain"], strict=True))
+        columns = (f"{1e3 * forward:.1f}", f"{1e3 * backward:.1f}", f"{1e3 * more:+.2f}")
+        table.add_row(way, *columns, *(f"{ratio:.2f}" for ratio in ratios))
     Console().print(table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Mapping
-from itertools import chain
+from itertools import chain, compress
 from operator import itemgetter
 from typing import Any
 
@@ -146,9 +146,10 @@ class HookCount:
 
     def _walk(self) -> None:
         modules = list(self._model.modules())
-        # `torch.jit.trace` makes modules that have no hooks in their `__dict__`, and no children either.
-        self._traced = [module for module in modules if _HOOKS[0] not in module.__dict__]
-        self._attributes = [module.__dict__ for module in modules if _HOOKS[0] in module.__dict__]
+        # `torch.jit.trace` makes modules that keep hooks or children elsewhere, and do not change their children.
+        plain = [all(name in module.__dict__ for name in ("_modules", *_HOOKS)) for module in modules]
+        self._attributes = [module.__dict__ for module in compress(modules, plain)]
+        self._traced = [module for module, is_plain in zip(modules, plain, strict=True) if not is_plain]
         self._children = self._children_now()
 
     def _children_now(self) -> list[nn.Module | None]:

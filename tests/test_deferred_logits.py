@@ -23,7 +23,7 @@ def without_labels(batch):
 
 
 def test_logits_are_computed_when_read_with_their_gradient():
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     plain = fxopt.restore(copy.deepcopy(model))
     batch = tiny_batch()
     outputs, expected = model(**batch), plain(**batch, use_cache=False)
@@ -64,7 +64,7 @@ def walk(outputs):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_walking_moving_and_casting_an_output_computes_nothing(labelled):
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     batch = tiny_batch() if labelled else without_labels(tiny_batch())
     outputs = model(**batch)
     (logits,) = walk(outputs)
@@ -89,7 +89,7 @@ def test_logits_of_a_call_without_labels_give_every_gradient():
 
 def test_gradients_of_loss_and_logits_together_are_those_of_the_original():
     """Distillation beside the model's own loss."""
-    model = fxopt.optimize(tiny_llama(), "fp32")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32")
     plain = fxopt.restore(copy.deepcopy(model))
     for each in (model, plain):
         outputs = each(**tiny_batch(), use_cache=False)
@@ -99,7 +99,7 @@ def test_gradients_of_loss_and_logits_together_are_those_of_the_original():
 
 
 def test_hooks_on_logits_see_their_gradient_and_what_they_cannot_see_is_an_error():
-    model = fxopt.optimize(tiny_llama(), "fp32")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32")
     plain = fxopt.restore(copy.deepcopy(model))
     seen = []
     for each in (model, plain):
@@ -166,7 +166,7 @@ def test_outputs_of_every_kind_hold_tensors(kind):
 
 
 def test_an_evaluation_that_wants_the_loss_alone_never_pays_for_logits():
-    model = fxopt.optimize(tiny_llama(), "int8").eval()
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "int8").eval()
     with torch.no_grad():
         outputs = model(**tiny_batch())
         assert not walk(outputs)[0].is_computed
@@ -174,7 +174,7 @@ def test_an_evaluation_that_wants_the_loss_alone_never_pays_for_logits():
 
 
 def test_logits_after_the_parameters_changed_are_an_error():
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     outputs = model(**tiny_batch())
     outputs.loss.backward()
     fxopt.optimizer(model, lr=1e-3).step()
@@ -184,7 +184,7 @@ def test_logits_after_the_parameters_changed_are_an_error():
 
 @pytest.mark.parametrize("policy", ["bf16", "int8"])
 def test_logits_after_a_write_that_no_version_shows_are_an_error(policy):
-    model = fxopt.optimize(tiny_llama(), policy)
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), policy)
     outputs = model(**tiny_batch())
     outputs.loss.backward()
     weight = model.lm_head.weight.data
@@ -194,7 +194,7 @@ def test_logits_after_a_write_that_no_version_shows_are_an_error(policy):
 
 
 def test_logits_of_a_weight_that_was_freed_are_an_error():
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     outputs = model(**tiny_batch())
     model.lm_head.weight.untyped_storage().resize_(0)  # as FSDP2 does when it shards a weight again
     with pytest.raises(RuntimeError, match="reshard_after_forward=False"):
@@ -202,7 +202,7 @@ def test_logits_of_a_weight_that_was_freed_are_an_error():
 
 
 def test_reading_logits_is_counted():
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     outputs = model(**tiny_batch())
     assert fxopt.report(model).logits_computed == 0
     outputs.logits.sum(), outputs.logits.max()
@@ -210,14 +210,14 @@ def test_reading_logits_is_counted():
 
 
 def test_second_derivatives_of_logits_are_an_error():
-    model = fxopt.optimize(tiny_llama(), "fp32")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32")
     logits = model(**without_labels(tiny_batch())).logits
     with pytest.raises(RuntimeError, match="create_graph=True"):
         torch.autograd.grad(logits.square().sum(), list(model.parameters()), create_graph=True)
 
 
 def test_an_output_can_be_pickled():
-    model = fxopt.optimize(tiny_llama(), "bf16").eval()
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16").eval()
     with torch.no_grad():
         outputs = model(**tiny_batch())
     copied = pickle.loads(pickle.dumps(outputs))
@@ -226,7 +226,7 @@ def test_an_output_can_be_pickled():
 
 def test_logits_of_a_model_made_under_inference_mode():
     with torch.inference_mode():
-        model = fxopt.optimize(tiny_llama(), "fp32").eval()
+        model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32").eval()
         plain = fxopt.restore(copy.deepcopy(model))
         outputs, expected = model(**tiny_batch()), plain(**tiny_batch())
         torch.testing.assert_close(outputs.logits, expected.logits)

@@ -55,7 +55,7 @@ def plainly(model, batch, labels, temperature, entropy):
     ],
 )
 def test_results_and_gradients_are_those_of_the_logits(kind, policy, temperature, entropy):
-    model = fxopt.optimize(tiny_llama() if kind == "llama" else tiny_causal_lm(kind), policy)
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1) if kind == "llama" else tiny_causal_lm(kind), policy)
     plain = fxopt.restore(copy.deepcopy(model))
     exact = fxopt.restore(float64_copy(model if policy != "int8" else dequantized(model)))
     batch = tiny_batch() if kind == "llama" else batch_for(model)
@@ -100,7 +100,7 @@ def assert_as_accurate(name, mine, theirs, true, model):
 
 
 def test_of_an_output_that_was_cast_moved_or_read():
-    model = fxopt.optimize(tiny_llama(), "fp32")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32")
     labels = tiny_batch()["labels"]
     batch = without_labels(tiny_batch())
     expected = fxopt.token_log_probs(model(**batch), labels, entropy=True)
@@ -119,7 +119,7 @@ def test_of_an_output_that_was_cast_moved_or_read():
 
 def test_gradients_of_a_loss_beside_add_up():
     """Log-probabilities, and the logits themselves, in one loss; two sets of log-probabilities of one output."""
-    model = fxopt.optimize(tiny_llama(), "fp32")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32")
     plain = fxopt.restore(copy.deepcopy(model))
     labels, batch = tiny_batch()["labels"], without_labels(tiny_batch())
 
@@ -136,7 +136,7 @@ def test_gradients_of_a_loss_beside_add_up():
 
 def test_hooks_on_the_logits_run_and_see_a_gradient():
     """FSDP2 gathers weights in such a hook, before the gradient of what the logits are computed from."""
-    model = fxopt.optimize(tiny_llama(), "fp32")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32")
     outputs = model(**without_labels(tiny_batch()))
     seen = []
     outputs.logits.register_hook(lambda gradient: seen.append((type(gradient), gradient.shape)))
@@ -178,7 +178,7 @@ def test_a_gradient_that_somebody_looks_at_is_that_of_the_original(loss):
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_all_labels_masked_and_one_row(num_rows):
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     batch = tiny_batch(num_rows=num_rows)
     labels = torch.full_like(batch["labels"], -100)
     results = fxopt.token_log_probs(model(**without_labels(batch)), labels, entropy=True)
@@ -188,7 +188,7 @@ def test_all_labels_masked_and_one_row(num_rows):
 
 
 def test_without_a_gradient_and_frozen_parts():
-    model = fxopt.optimize(tiny_llama(), "bf16")
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     model.lm_head.requires_grad_(False)
     labels, batch = tiny_batch()["labels"], without_labels(tiny_batch())
     fxopt.token_log_probs(model(**batch), labels).log_prob.sum().backward()

@@ -76,12 +76,12 @@ def test_an_instances_own_forward_is_kept():
     assert fxopt.restore(model).forward is counting
 
 
-@pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_many_models_stay_optimized_side_by_side():
     plain = tiny_llama().to(torch.bfloat16)
     batch = tiny_batch()
     before = plain(**batch).loss
-    models = [fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16") for _ in range(10)]  # Dynamo gives up after 8
+    models = [fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16") for _ in range(4)]
     for model in models:
         model(**batch)
     assert all(fxopt.report(model).hits["linear_cross_entropy"] == 1 for model in models)

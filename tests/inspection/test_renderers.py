@@ -154,7 +154,7 @@ def test_numbers():
 TRAINING = """
 import torch, fxopt
 from tests.tiny_models import tiny_llama, tiny_batch
-model = fxopt.optimize(tiny_llama(), "bf16")
+model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
 model(**tiny_batch()).loss.backward()
 """
 

@@ -70,7 +70,7 @@ def test_as_accurate_as_eager(shape: tuple[int, int, int], dtype: torch.dtype, w
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("small_chunks")
 def test_many_chunks(dtype: torch.dtype, ignored: float, with_entropy: bool, device: str) -> None:
-    hidden, weight, labels = inputs(50, 24, 131, dtype=dtype, device=device, ignored=ignored)
+    hidden, weight, labels = inputs(30, 24, 131, dtype=dtype, device=device, ignored=ignored)
     bias = torch.randn(131, device=device).to(dtype).requires_grad_()
     assert_accurate(hidden, weight, labels, bias=bias, with_entropy=with_entropy)
 
@@ -79,7 +79,7 @@ def test_many_chunks(dtype: torch.dtype, ignored: float, with_entropy: bool, dev
 @entropy_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_options(dtype: torch.dtype, options: dict[str, float], with_entropy: bool, device: str) -> None:
-    hidden, weight, labels = inputs(90, 24, 107, dtype=dtype, device=device, ignored=0.4)
+    hidden, weight, labels = inputs(60, 24, 107, dtype=dtype, device=device, ignored=0.4)
     bias = torch.randn(107, device=device).to(dtype).requires_grad_()
     assert_accurate(hidden, weight, labels, bias=bias, with_entropy=with_entropy, **options)
 
@@ -105,7 +105,7 @@ def test_options_on_a_large_vocabulary(dtype: torch.dtype, options: dict[str, fl
 @pytest.mark.usefixtures("small_chunks")
 def test_options_in_float64(options: dict[str, float], with_entropy: bool, device: str) -> None:
     """No constant and no intermediate result is narrower, and the logits lie on both sides of a cap's bend."""
-    hidden, weight, labels = inputs(40, 24, 97, dtype=torch.float64, device=device, ignored=0.3)
+    hidden, weight, labels = inputs(16, 24, 97, dtype=torch.float64, device=device, ignored=0.3)
     values = {"with_entropy": with_entropy, **options}
     expected = outputs_and_gradients(floats_of(linear_log_prob_reference), hidden, weight, labels, **values)
     found = outputs_and_gradients(floats_of(linear_log_prob), hidden, weight, labels, **values)
@@ -128,7 +128,7 @@ def test_as_accurate_as_training_code(dtype: torch.dtype, device: str) -> None:
         assert results.entropy is not None
         return results.log_prob.to(hidden.dtype), results.entropy.to(hidden.dtype)
 
-    assert_op_as_accurate(fused, eager, *inputs(90, 24, 97, dtype=dtype, device=device))
+    assert_op_as_accurate(fused, eager, *inputs(40, 24, 97, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("planted", ["log_prob", "entropy", "logsumexp", "backward"])

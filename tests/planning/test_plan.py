@@ -65,8 +65,8 @@ def measured_of(model, policy, checkpointing, release_gradients, shape):
 @pytest.mark.parametrize(
     ("policy", "tied", "shape", "indices"),  # of the rows: each of the four in two precisions at least
     [
-        ("fp32", True, (4, 64), (0, 1)), ("mixed", False, (1, 200), (2, 3)), ("bf16", True, (1, 200), (0, 2)),
-        ("bf16", False, (4, 64), (1, 3)), ("bf16-8bit", True, (4, 64), (0, 3)), ("bf16-8bit", False, (1, 200), (1, 2)),
+        ("fp32", True, (4, 64), (0, 1)), ("mixed", False, (1, 200), (2, 3)), ("bf16", True, (1, 200), (1, 2)),
+        ("bf16-8bit", False, (4, 64), (0, 3)),
     ],
 )  # fmt: skip
 def test_the_peak_is_that_of_a_real_step(policy, tied, shape, indices):

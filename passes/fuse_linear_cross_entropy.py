@@ -114,6 +114,7 @@ class FuseLinearCrossEntropy(Rule):
     """
 
     nearly = 0.2  # every loss that stays has a reason
+    keeps_no_result = True
 
     @staticmethod
     def pattern(

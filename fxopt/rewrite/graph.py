@@ -142,10 +142,13 @@ def _has_only_an_effect(node: fx.Node) -> bool:
     return value_of(node) is None and not node.users
 
 
-def storages_written(graph: fx.Graph) -> dict[int, fx.Node]:
-    """The storages that some node of `graph` writes to, by identity, and the last node that does."""
-    writes = ((node, target) for node in graph.nodes for target in nodes_written(node))
-    return {storage: node for node, target in writes for storage in storages_of(target)}
+def storages_written(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """The storages that nodes of `graph` write to, by identity, and which nodes do, in order."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for storage in {storage for target in nodes_written(node) for storage in storages_of(target)}:
+            found.setdefault(storage, []).append(node)
+    return found
 
 
 def storages_of(node: Any) -> frozenset[int]:

@@ -71,7 +71,8 @@ class Rule:
     proof must not fill with normally distributed numbers; a list of functions where the two sides must also be finite
     alike for each but the first. It is given tensors in the sizes of the sample, without memory. `proof_context` is
     what the proof runs in, for an op that would treat its small tensors otherwise than those of the model.
-    `keeps_nan` is whether NaN and infinity must show where they showed.
+    `keeps_nan` is whether NaN and infinity must show where they showed. `keeps_no_result` is whether the replacement's
+    backward needs none of its results, so that code after it may write to them, as `loss += …` does.
     """
 
     pattern: ClassVar[Callable[..., Any]]
@@ -82,6 +83,7 @@ class Rule:
     check: ClassVar[Callable[..., None]] = staticmethod(lambda: None)
     examples: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(lambda: {})
     keeps_nan: ClassVar[bool] = True
+    keeps_no_result: ClassVar[bool] = False
     proof_context: ClassVar[Callable[[], AbstractContextManager[None]]] = staticmethod(nullcontext)
 
     def __init_subclass__(cls) -> None:
@@ -312,7 +314,14 @@ def _match_of(rule: type[Rule], pattern: _Pattern, state: _State, order: dict[fx
     return Match(rule, {name: state.names.get(name) for name in pattern.names}, nodes, results)
 
 
-def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -> str | None:
+def _written_as_results(match: Match, around: set[fx.Node], written: dict[int, list[fx.Node]]) -> frozenset[int]:
+    """The storages of results that the match makes anew, and that are written to only when all of it is done."""
+    made = frozenset(storage for result in match.results for storage in storages_of(result))
+    known = frozenset(storage for node in around for storage in storages_of(node))
+    return frozenset(s for s in made - known if all(write > match.anchor for write in written.get(s, ())))
+
+
+def _objection(match: Match, taken: set[fx.Node], written: dict[int, list[fx.Node]]) -> str | None:
     """Why a structural match is not one after all, or None."""
     inside = set(match.nodes)
     for node in match.nodes:
@@ -334,9 +343,11 @@ def _objection(match: Match, taken: set[fx.Node], written: dict[int, fx.Node]) -
     # The replacement reads everything where the first result stands: writes must be done by then, and before the code
     # that is replaced reads.
     sources = {source for node in moved for source in node.all_input_nodes}
-    for node in {*match.nodes, *inputs.values(), *moved, *sources}:
+    around = {*inputs.values(), *moved, *sources}
+    harmless = _written_as_results(match, around, written) if match.rule.keeps_no_result else frozenset()
+    for node in {*match.nodes, *around}:
         read = min([first_result, *(user for user in node.users if user in inside)])
-        if any(written.get(storage, read) > read for storage in storages_of(node)):
+        if any(write > read for storage in storages_of(node) - harmless for write in written.get(storage, ())):
             return f"`{node.name}` is written to in place after it is read"
     for name, value in inputs.items():
         tensor = tensor_of(value)

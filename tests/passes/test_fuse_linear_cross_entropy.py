@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fxopt.passes.fuse_linear_cross_entropy import FuseLinearCrossEntropy
 from fxopt.passes.pipelines import EXACT
 from tests.captured_graphs import run_optimized, targets
-from tests.passes.rewriting import DTYPES, leaf, near_misses, proven
+from tests.passes.rewriting import DTYPES, assert_rewritten, leaf, near_misses, proven
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -128,6 +128,33 @@ def test_losses_that_stay_have_a_reason(loss, reason):
     inputs = leaf(3, 7, 32, dtype=torch.bfloat16), leaf(61, 32, dtype=torch.bfloat16), torch.randint(0, 61, (21,))
     (miss,) = near_misses(loss, *inputs)
     assert reason in miss.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_loss_that_something_is_added_to_afterwards(dtype):
+    """As mixtures of experts add the loss of their routers: `loss += …`."""
+    labels = torch.tensor([1, 4, -100, 0])
+
+    def function(hidden, weight):
+        logits = F.linear(hidden, weight).float()
+        loss = F.cross_entropy(logits.view(-1, 30), labels, ignore_index=-100)
+        loss += 0.1 * hidden.float().square().mean()
+        return loss
+
+    assert_rewritten("linear_cross_entropy", function, leaf(4, 8, dtype=dtype), leaf(30, 8, dtype=dtype))
+
+
+def test_a_loss_that_is_written_to_and_read_before_stays():
+    labels = torch.tensor([1, 4, -100, 0])
+
+    def function(hidden, weight):
+        hidden = hidden * 1.0
+        loss = F.cross_entropy(F.linear(hidden, weight).float().view(-1, 30), labels, ignore_index=-100)
+        hidden += 1.0
+        return loss, hidden
+
+    (miss,) = near_misses(function, leaf(4, 8, dtype=torch.float32), leaf(30, 8, dtype=torch.float32))
+    assert "`hidden" in miss.reason and "is written to in place after it is read" in miss.reason
 
 
 def test_samples_for_the_proof_always_have_a_label():

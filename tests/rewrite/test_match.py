@@ -114,6 +114,22 @@ def test_a_write_before_everything_that_reads_does_not():
     assert match.anchor.target is torch.tanh and not near_misses
 
 
+@pytest.mark.parametrize("keeps_no_result", [True, False])
+def test_a_result_that_is_written_to_afterwards(keeps_no_result):
+    class Fuse(FuseTanh):
+        pass
+
+    Fuse.keeps_no_result = keeps_no_result
+
+    def function(x, y):
+        result = torch.tanh(x * 3.0 + y)
+        result += 1
+        return result
+
+    matches, near_misses = found(Fuse, function, X, Y)
+    assert len(matches) == keeps_no_result and len(near_misses) == 1 - keeps_no_result
+
+
 def test_matches_do_not_overlap():
     matches, _ = found(FuseTanh, lambda x, y: torch.tanh(torch.tanh(x * 3.0 + y) * 2.0 + y), X, Y)
     nodes = [node for match in matches for node in match.nodes]

@@ -13,7 +13,6 @@ import inspect
 import logging
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import _StopRecomputationError
 
+from fxopt.call_warnings import look_at_call
 from fxopt.deferred_logits import defer_marked_outputs
 from fxopt.dynamo import (
     ISOLATED,
@@ -52,7 +52,6 @@ from fxopt.training_call import (
     NOT_DIFFERENTIATED,
     HookCount,
     as_captured,
-    is_autocast,
     kind_of,
     mark_dynamic,
     named_arguments,
@@ -195,6 +194,7 @@ class OptimizedForward:
                 return self._run_original(args, kwargs, reason)
         captured = as_captured(self.model, self.signature, call)
         kind = kind_of(self.model, captured, self._num_hooks())
+        look_at_call(self.report, self.model, call, is_first=kind not in self._compiled)
         if kind in self._disabled:
             return self._fall_back(args, kwargs, self._disabled[kind])
         return self._run_or_fall_back(kind, captured, args, kwargs)
@@ -218,7 +218,6 @@ class OptimizedForward:
         state = ModelState(self.model) if is_first else None
         if is_first and not again:
             self.optimization.calls.append(_without_values(captured, self.model.training, self.name))
-            self._look_at_autocast()
             prepare_dora(self.model)
             warn_about_torchao_layers(self.model)
         try:
@@ -294,17 +293,6 @@ class OptimizedForward:
         if again:
             return f"{doing} {name} once more: its forward has installed hooks"
         return f"{doing} {name} for its first call{'' if first else ' of another kind'}"
-
-    def _look_at_autocast(self) -> None:
-        if is_autocast() and not self.report.autocast:
-            self.report.autocast = True
-            warnings.warn(
-                f"{self.report.model} is called under autocast, beside fxopt's policy {self.settings.policy!r}, which "
-                "has chosen the precision already: autocast casts once more in each call, and the output is converted "
-                "to float32. Turn it off: bf16=False and fp16=False in TrainingArguments (TRL turns bf16 on by "
-                "itself), mixed_precision='no' in Accelerator, precision='32-true' in Lightning",
-                stacklevel=4,
-            )
 
     def capture(self, call: dict[str, Any]) -> Any:
         """Capture the graphs of `call`, in the form that `calls` has them, and run them, for who only looks at them.

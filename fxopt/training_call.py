@@ -56,7 +56,7 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
         tensors = [value for value in call.values() if isinstance(value, torch.Tensor)]
         if not any(tensor.requires_grad for tensor in chain(tensors, model.parameters())):
             return "the call has no labels, and nothing requires a gradient"
-        if not model.training and call.get("use_cache") is None and _would_cache(model):
+        if not model.training and call.get("use_cache") is None and would_cache(model):
             return "the call has no labels, and may be asked for its cache in evaluation"
     if any(value.numel() == 0 for value in ([labels] if labels is not None else tensors[:1])):
         return "the batch is empty"
@@ -67,7 +67,7 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
         return "the call continues a cache"
     config = getattr(model, "config", None)
     asks_for_tuple = call.get("return_dict", getattr(config, "return_dict", True)) is False
-    if asks_for_tuple and call.get("use_cache") is None and _would_cache(model):
+    if asks_for_tuple and call.get("use_cache") is None and would_cache(model):
         return "the call asks for a tuple, with a cache in it"
     for name in ("output_hidden_states", "output_attentions"):
         if getattr(config, name, False):
@@ -83,7 +83,7 @@ def is_autocast() -> bool:
 def as_captured(model: nn.Module, signature: inspect.Signature, call: Call) -> Call:
     """The call in the form that needs the fewest graphs and builds no needless mask, with the result it had."""
     call = {name: value for name, value in call.items() if value is not None or not _means_none(signature, name)}
-    if _follows_transformers(model):
+    if follows_transformers(model):
         _spare_the_mask(model, signature, call)
         if _takes(signature, "use_cache"):
             call["use_cache"] = False  # training has no use for a key-value cache, and building one breaks the graph
@@ -105,7 +105,7 @@ def mark_dynamic(call: Call) -> None:
                     torch._dynamo.maybe_mark_dynamic(value, axis)
 
 
-def _follows_transformers(model: nn.Module) -> bool:
+def follows_transformers(model: nn.Module) -> bool:
     """Whether transformers' conventions hold: what a mask of ones means, and that `**kwargs` take `use_cache`."""
     return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
 
@@ -115,7 +115,7 @@ def _spare_the_mask(model: nn.Module, signature: inspect.Signature, call: Call) 
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not packed and _may_lack(signature, "attention_mask"):
         if bool(mask.all()):
             del call["attention_mask"]  # as eager transformers does with a mask that masks nothing
-    elif mask is None and packed and "use_cache" not in call and _would_cache(model):
+    elif mask is None and packed and "use_cache" not in call and would_cache(model):
         # With a cache, transformers takes a row for one sequence; without one, it looks for several in `position_ids`.
         tokens = call.get("input_ids", call.get("inputs_embeds"))
         if isinstance(tokens, torch.Tensor):
@@ -177,7 +177,7 @@ def _may_lack(signature: inspect.Signature, name: str) -> bool:
     return parameter is None or parameter.default is not parameter.empty
 
 
-def _would_cache(model: nn.Module) -> bool:
+def would_cache(model: nn.Module) -> bool:
     new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed in transformers; the old one warns
     name = new if hasattr(model, new) else old
     checkpointing = model.training and getattr(model, name, False)

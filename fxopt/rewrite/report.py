@@ -55,6 +55,7 @@ class Report:
     `logits_computed`: how often the logits of an optimized call were read, and so computed.
     `under_compiler`: how many calls came from code that torch.compile compiles: fxopt's graphs ran inside it.
     `autocast`: whether a call came under autocast, beside the policy.
+    `attends_across_documents`: whether rows of a call were packed, and tokens attend to the documents before their own.
     `forward_replaced`: who has put another forward in the place of fxopt's, or around it; or ''.
     `optimizer`: which optimizer steps the parameters; '' if none did. `optimizer_warning`: what it loses, or ''.
     """
@@ -69,6 +70,7 @@ class Report:
     logits_computed: int = 0
     under_compiler: int = 0
     autocast: bool = False
+    attends_across_documents: bool = False
     forward_replaced: str = ""
     optimizer: str = ""
     optimizer_warning: str = ""
@@ -147,6 +149,7 @@ class Report:
             "logits_computed": self.logits_computed,
             "under_compiler": self.under_compiler,
             "autocast": self.autocast,
+            "attends_across_documents": self.attends_across_documents,
             "forward_replaced": self.forward_replaced,
             "optimizer": self.optimizer,
             "optimizer_warning": self.optimizer_warning,
@@ -193,6 +196,14 @@ class Report:
         if self.autocast:
             lines.append(
                 Text("called under autocast, which casts beside the policy: leave bf16= and fp16= off", style="yellow")
+            )
+        if self.attends_across_documents:
+            lines.append(
+                Text(
+                    "packed rows: tokens attend to the documents before their own, as in transformers with a cache or "
+                    "a mask; set model.config.use_cache = False and leave attention_mask out",
+                    style="yellow",
+                )
             )
         if self.optimizer:
             lines.append(Text(f"parameters are stepped by {self.optimizer}", style="dim"))

@@ -24,6 +24,7 @@ FLOORS = {
     "fxopt.rewrite": 1,
     "fxopt.precision": 1,
     "fxopt.passes": 2,
+    "fxopt.call_warnings": 3,
     "fxopt.deferred_logits": 3,
     "fxopt.deferred_tensor": 3,
     "fxopt.dynamo": 3,

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from fxopt.kernels.rounding import Rounding
 from fxopt.precision.adapters import warn_about_torchao_layers
 from fxopt.precision.boundaries import place_boundaries, remove_boundaries
-from fxopt.precision.instance_methods import give_methods, saved_policy
+from fxopt.precision.instance_methods import give_methods
 from fxopt.precision.parameter_storage import is_int8, is_wrapper
 from fxopt.precision.policy import (
     FLOAT8,
@@ -26,6 +26,7 @@ from fxopt.precision.policy import (
 )
 from fxopt.precision.presets import resolve
 from fxopt.precision.roles import parameter_roles
+from fxopt.precision.saved_files import saved_policy, take_up_saved_bits
 from fxopt.precision.stepping import watch
 
 # What can be stored in another of these without a scale. An fp8 weight is quantized: its scale lies elsewhere.
@@ -59,7 +60,7 @@ def annotate(model: nn.Module, policy: str | Policy | None = None, *, emulate: b
     Raises PolicyError (unknown policy, a selector that matches nothing or asks for what cannot work, a parameter
     without data: on `meta` or lazy, hardware without float8), before anything is changed.
     """
-    policy, found = _policy_for(model, policy)
+    policy = _policy_for(model, policy)
     _require_data(model)
     author = _author_dtypes(model, policy.default.compute)
     precisions = _precisions(model, policy, author)
@@ -67,8 +68,8 @@ def annotate(model: nn.Module, policy: str | Policy | None = None, *, emulate: b
         from fxopt.precision.quantized import require_float8
 
         require_float8({parameter.device for parameter in model.parameters()})
-    if found:
-        _warn_about_rounded_islands(model, precisions)
+    if policy_of(model) is None:
+        _take_up_islands(model, precisions)
     remove_boundaries(model)
     _set_products(model, precisions, emulate)
     moved: dict[tuple[object, ...], Tensor] = {}
@@ -126,14 +127,10 @@ def parameter_precision(parameter: Tensor, known: Precision | None = None) -> Pr
     return None
 
 
-def _policy_for(model: nn.Module, policy: str | Policy | None) -> tuple[Policy, bool]:
-    """The policy, and whether it was found in a file."""
+def _policy_for(model: nn.Module, policy: str | Policy | None) -> Policy:
     if policy is not None:
-        return resolve(policy, model), False
-    if (noted := policy_of(model)) is not None:
-        return noted, False
-    saved = saved_policy(model)
-    return saved or Policy.named("bf16"), saved is not None
+        return resolve(policy, model)
+    return policy_of(model) or saved_policy(model) or Policy.named("bf16")
 
 
 def _precisions(model: nn.Module, policy: Policy, author: dict[str, torch.dtype]) -> dict[str, Precision]:
@@ -300,13 +297,15 @@ def _set_buffers(
         )
 
 
-def _warn_about_rounded_islands(model: nn.Module, precisions: dict[str, Precision]) -> None:
+def _take_up_islands(model: nn.Module, precisions: dict[str, Precision]) -> None:
+    """Islands in float32 that were saved so and loaded in bfloat16 get back what loading has rounded off."""
     parameters = dict(model.named_parameters())
     narrow = [n for n, p in precisions.items() if p.storage == torch.float32 and parameters[n].dtype == torch.bfloat16]
-    if narrow:
+    if left := take_up_saved_bits(model, narrow):
         warnings.warn(
-            f"{len(narrow)} parameters that the saved policy keeps in float32 were loaded in bfloat16, such as "
-            f"{narrow[0]!r}: to continue training exactly, load with from_pretrained(..., dtype=torch.float32)",
+            f"{len(left)} parameters that the policy keeps in float32, as the one beside their file did, were loaded "
+            f"in bfloat16, such as {left[0]!r}, and the file has other values or none under this name: to continue "
+            "training exactly, load with from_pretrained(..., dtype=torch.float32)",
             stacklevel=3,
         )
 

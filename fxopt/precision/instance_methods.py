@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from fxopt.precision.parameter_storage import is_int8
 from fxopt.precision.policy import Policy
-
-FILE_NAME = "fxopt_policy.json"
+from fxopt.precision.saved_files import POLICY_FILE
 
 
 class _Method:
@@ -53,7 +52,7 @@ class SavePretrained(_Method):
         result = original(self.model, save_directory, *args, **kwargs)
         policy = getattr(self.model, "_fxopt_policy", None)
         if policy is not None and call.arguments.get("is_main_process", True):
-            policy.save(Path(save_directory) / FILE_NAME)
+            policy.save(Path(save_directory) / POLICY_FILE)
         return result
 
 
@@ -116,16 +115,6 @@ def give_methods(model: nn.Module) -> None:
 
         model.__dict__["_apply"] = Apply(model)
         keep_int8(model)
-
-
-def saved_policy(model: nn.Module) -> Policy | None:
-    """The policy in the local folder that `model` was loaded from, or None.
-
-    Raises PolicyError for a file that holds no policy.
-    """
-    folder = getattr(getattr(model, "config", None), "_name_or_path", None)
-    path = Path(folder) / FILE_NAME if folder else None
-    return Policy.load(path) if path is not None and path.is_file() else None
 
 
 def plain_state_dict(state: dict[str, Any]) -> dict[str, Any]:

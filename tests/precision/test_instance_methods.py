@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import fxopt
@@ -46,12 +46,48 @@ def test_optimize_finds_the_policy(llama: LlamaForCausalLM, tmp_path: Path) -> N
     assert policy_of(fxopt.optimize(loaded)) == Policy.named("fp32")  # its own
 
 
-def test_islands_that_were_rounded_by_loading_are_pointed_out(llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    annotate(llama, "bf16-islands").save_pretrained(tmp_path)
+def off_the_grid(model: nn.Module) -> nn.Module:
+    """`model` with islands that bfloat16 cannot hold."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dtype == FP32:
+                parameter.mul_(1 + 1e-4 * torch.rand_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("policy", ["bf16-islands", "bf16-8bit", "int8"])
+@pytest.mark.parametrize("given", [False, True])
+def test_no_bit_of_an_island_is_lost_by_loading(
+    policy: str, given: bool, llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    saved = off_the_grid(annotate(llama, policy))
+    saved.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if given else {}))
+    assert given == (tmp_path / "model.safetensors.index.json").exists()
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == BF16
-    with pytest.warns(UserWarning, match=r"5 parameters .* were loaded in bfloat16, .*dtype=torch\.float32"):
+    assert loaded.model.norm.weight.dtype == BF16
+    annotate(loaded, policy if given else None)
+    for name, value in saved.named_parameters():
+        if value.dtype == FP32:
+            assert torch.equal(value, loaded.get_parameter(name)), name
+
+
+def test_islands_inside_a_wrapper_are_taken_up(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    off_the_grid(annotate(llama, "bf16-islands")).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    annotate(nn.ModuleDict({"policy": loaded}), "bf16-islands")
+    assert torch.equal(loaded.model.norm.weight, llama.model.norm.weight)
+    again = annotate(LlamaForCausalLM.from_pretrained(tmp_path).model, "bf16-islands")
+    assert torch.equal(again.norm.weight, llama.model.norm.weight)  # the backbone of a file with a head
+
+
+def test_islands_that_are_not_those_of_the_file_are_pointed_out(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    off_the_grid(annotate(llama, "bf16-islands")).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded.model.norm.weight.mul_(2)
+    with pytest.warns(UserWarning, match=r"1 parameters .* were loaded in bfloat16, .*dtype=torch\.float32"):
         annotate(loaded)
+    assert torch.equal(loaded.model.norm.weight, 2 * llama.model.norm.weight.bfloat16())
 
 
 def test_a_broken_policy_file_is_named(llama: LlamaForCausalLM, tmp_path: Path) -> None:

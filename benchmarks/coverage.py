@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.progress_bar import progress_bar
+from fxopt.atomic_file import write_text
 
 # The ops that take the place of each kind of site.
 OPS_OF = {
@@ -68,13 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
         for future in as_completed([pool.submit(cover_afresh, name, options.timeout, options.device) for name in left]):
             rows.append(row := future.result())
             if options.save:  # after each row: a run that is stopped has shown what it has found
-                options.save.write_text(json.dumps({**setting, "rows": rows}, indent=2))
+                write_text(options.save, json.dumps({**setting, "rows": rows}, indent=2))
             progress.console.print(f"{row['type']}: {row['status']} in {row['seconds']:.0f} s", highlight=False)
             progress.advance(task)
     rows.sort(key=lambda row: names.index(row["type"]))
     run = {**setting, "rows": rows}
     if options.save:
-        options.save.write_text(json.dumps(run, indent=2))
+        write_text(options.save, json.dumps(run, indent=2))
     if options.json:
         print(json.dumps(run, indent=2))
     else:

@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks.progress_bar import progress_bar
 from examples.quiet import silence_libraries
 from examples.variants import run_afresh
+from fxopt.atomic_file import write_text
 
 POLICIES = ("fp32", "mixed", "bf16", "bf16-islands", "bf16-8bit")
 SHAPES = ("4x128", "2x512", "1x1024")
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             figures.append({**case, **json.loads(result.read_text())})
             progress.advance(task)
     if options.save:
-        options.save.write_text(json.dumps(figures, indent=2))
+        write_text(options.save, json.dumps(figures, indent=2))
     if options.json:
         print(json.dumps(figures, indent=2))
     else:

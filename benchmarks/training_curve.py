@@ -29,6 +29,7 @@ from rich.table import Table
 
 from examples.quiet import silence_libraries
 from examples.variants import names_among, run_afresh
+from fxopt.atomic_file import write_text
 
 # What is not a preset of fxopt's, but what people do today.
 BASELINES = {
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings(**chosen | {"variant": variant, "seed": seed, "model": model})
         file = output / f"{variant}-{seed}.json"
         if not _is_complete(file, settings):
-            file.write_text(json.dumps({"settings": dataclasses.asdict(settings), "held_out_loss": {}}))
+            write_text(file, json.dumps({"settings": dataclasses.asdict(settings), "held_out_loss": {}}))
             run_afresh(f"{variant}, seed {seed}", __file__, "--worker", str(file))
         record: Record = json.loads(file.read_text())
         return record
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     console.print(losses_table(runs))
     console.print(costs_table(runs))
-    (output / "curves.json").write_text(json.dumps(runs, indent=2))
+    write_text(output / "curves.json", json.dumps(runs, indent=2))
     draw(runs, output / "curves.png")
     console.print(f"drawn in {output / 'curves.png'}", soft_wrap=True)
     return 0
@@ -147,7 +148,7 @@ def train(file: Path) -> None:
 
     def evaluate(step: int) -> None:
         record["held_out_loss"][str(step)] = held_out_loss(model, held_out, autocast)
-        file.write_text(json.dumps(record, indent=2))
+        write_text(file, json.dumps(record, indent=2))
 
     evaluate(0)
     seconds: list[float] = []
@@ -182,7 +183,7 @@ def train(file: Path) -> None:
     record["exact_matches"] = exact_matches(
         model, tokenizer, asked, autocast, label, 2 * size, settings.max_new_tokens, chat=False
     )
-    file.write_text(json.dumps(record, indent=2))
+    write_text(file, json.dumps(record, indent=2))
 
 
 def losses_table(runs: dict[str, list[Record]]) -> Table:

@@ -132,8 +132,12 @@ def _check_files(options: argparse.Namespace, *names: str) -> None:
             if not file.parent.is_dir():
                 raise ValueError(f"there is no folder {file.parent} to write {file.name} into; make it first")
             try:
-                with open(file, "ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
-                    pass
+                if file.exists():
+                    with open(file, "ab"):
+                        pass
+                if file.is_file() or not file.exists():  # written beside its place first
+                    with tempfile.TemporaryFile(dir=file.resolve().parent):
+                        pass
             except OSError as error:
                 raise ValueError(f"{file} cannot be written: {error.strerror}") from None
 

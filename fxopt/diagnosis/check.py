@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fxopt.atomic_file import write_text
 from fxopt.printing import as_text
 
 Area = Literal["versions", "device", "presets", "backends", "kernels", "hub"]
@@ -97,8 +98,7 @@ class Diagnosis:
         path = Path(path)
         if path.suffix != ".json":
             raise ValueError(f"cannot save a diagnosis as {path.name!r}; use a name that ends in .json")
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return path
+        return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def __rich__(self) -> RenderableType:
         return Group(*_parts(self))

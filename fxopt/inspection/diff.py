@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxopt.atomic_file import write_text
 from fxopt.inspection.meter import Cost
 
 
@@ -299,8 +300,7 @@ class GraphDiff:
         render = next((render for ending, render in _renderers().items() if path.name.endswith(ending)), None)
         if render is None:
             raise ValueError(f"cannot save a graph diff as {path.name!r}; use one of {', '.join(_renderers())}")
-        path.write_text(render(self), encoding="utf-8")
-        return path
+        return write_text(path, render(self))
 
     def __rich__(self) -> Any:
         from fxopt.inspection.render_text import rendered

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from torch import nn
 from transformers import PretrainedConfig
 
+from fxopt.atomic_file import write_text
 from fxopt.error_lines import in_a_line
 from fxopt.inspection.configurations import check_sizes, sequence_for
 from fxopt.inspection.fake_models import fake_model, source_of
@@ -100,8 +101,7 @@ class Plan:
         writers: dict[str, Callable[[Plan], str]] = {".html": as_html, ".json": as_json, ".txt": str}
         if path.suffix not in writers:
             raise ValueError(f"{path}: a plan is written as {', '.join(writers)}")
-        path.write_text(writers[path.suffix](self), encoding="utf-8")
-        return path
+        return write_text(path, writers[path.suffix](self))
 
 
 def plan(

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 
+from fxopt.atomic_file import write, write_text
 from fxopt.precision.optimizer import Optimizer
 from fxopt.precision.roles import parameter_roles
 from fxopt.precision.rounding_cost import Formats, RoundingCost, Row, formats_of, update_to_weight
@@ -85,7 +86,7 @@ class Monitor:
 
     def save(self, path: str | Path) -> None:
         """Writes `to_dict()` as JSON, which has no word for NaN and infinity: they are null there."""
-        Path(path).write_text(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False))
+        write_text(path, json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False))
 
     def summary(self) -> dict[str, float]:
         """Flat numbers for a training log: "rounding/<row>/lost", …"""
@@ -111,8 +112,10 @@ class Monitor:
         lost.set(ylabel="share of updates lost to rounding", ylim=(-0.02, 1.02))
         moved = any(value > 0 for history in histories.values() for value in history["update_to_weight"])
         ratio.set(ylabel="update to weight", xlabel="step", yscale="log" if moved else "linear")
-        lost.legend(frameon=False)
-        figure.savefig(path)
+        if histories:
+            lost.legend(frameon=False)
+        place = Path(path) if Path(path).suffix else Path(f"{path}.png")
+        write(place, lambda file: figure.savefig(file, format=place.suffix[1:]))
 
     def __str__(self) -> str:
         return as_text(self)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from fxopt.atomic_file import write_text
 from fxopt.precision.policy import Policy, PolicyError, Precision, Selector, dtype_name, nearest_name
 from fxopt.precision.roles import Role
 
@@ -66,8 +67,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 def save(policy: Policy, path: str | Path) -> Path:
     path = Path(path)
-    path.write_text(_of_suffix(path, to_json, to_yaml)(policy), encoding="utf-8")
-    return path
+    return write_text(path, _of_suffix(path, to_json, to_yaml)(policy))
 
 
 def load(path: str | Path) -> Policy:

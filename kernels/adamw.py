@@ -29,6 +29,8 @@ from fxopt.kernels.rounding import NOISE_NUMEL, Rounding, add_noise_, cut_, nois
 # One chunk of a parameter is updated while it lies in the cache. Smaller chunks pay for launches: a bare loop over
 # 134.5 M parameters took 104 ms with 128 Ki elements and 81 ms with 512 Ki, on two cores.
 CHUNK_NUMEL = 1 << 19
+# With quantized states, which pass through three times as much scratch.
+QUANTIZED_CHUNK_NUMEL = 1 << 18
 
 
 def adamw_reference(
@@ -159,10 +161,12 @@ def workspace_bytes(numel: int, *, stochastic: bool, num_states: int = 0) -> int
     """What the update of `numel` elements of two bytes holds at most beside its arguments, on the CPU.
 
     It goes through float32 copies of a chunk, and draws the noise of a step; quantized states, of which there are
-    `num_states` for each element, through copies too, and through indices of 8 bytes and codes of 4.
+    `num_states` for each element, through copies too, and through 8 bytes between values and codes, with noise of
+    their own.
     """
-    copies = (4 * (2 + num_states) + (12 if num_states else 0)) * min(numel, CHUNK_NUMEL)
-    return copies + (NOISE_NUMEL * 6 if stochastic else 0)
+    if num_states:
+        return (4 * (2 + num_states) + 8) * min(numel, QUANTIZED_CHUNK_NUMEL) + NOISE_NUMEL * 9
+    return 8 * min(numel, CHUNK_NUMEL) + (NOISE_NUMEL * 6 if stochastic else 0)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """AdamW with moments in 8 bits, as one Triton launch for all parameters of a dtype.
 
-A block of 256 moments is read as `values[code] * scale`, updated in float32, and stored as the codes of the values
-nearest to `moment / scale`, where `scale` is the block's largest magnitude; formula and roundings of the parameter are
-those of `fxopt.kernels.adamw`. Codes are torchao's bit for bit. A GPU's kernel alone: on a CPU
-`fxopt.precision.optimizer_kinds` does the same update through float32, a chunk at a time.
+A block of 256 moments is read as `values[code] * scale`, updated in float32, and stored in the codes of
+`fxopt.kernels.moment_codes`, rounded so that they are right on average; formula and roundings of the parameter are
+those of `fxopt.kernels.adamw`. A GPU's kernel alone: on a CPU `fxopt.precision.optimizer_kinds` does the same update
+through float32, a chunk at a time. The noise, here and there, is a pure function of (seed, step, place).
 
-Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861.
+Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; codes: `moment_codes`.
 
 Shapes: param, grad (...) of N elements, N a multiple of 256; moments as `QuantizedMoment`; step () float32, from 1.
 Dtypes: param and grad bfloat16 or float32; all arithmetic float32.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxopt.kernels import adamw
+from fxopt.kernels import adamw, moment_codes
 from fxopt.kernels.adamw_triton import (
     addresses_of,
     are_aligned,
@@ -35,22 +35,20 @@ from fxopt.kernels.launch import launch
 from fxopt.kernels.rounding import Rounding
 
 NUMEL = 256  # elements that share a scale
+_V = moment_codes.UNSIGNED[8]
+V_STEPS, V_FIRST, V_FIRST_BITS = tl.constexpr(_V.steps), tl.constexpr(_V.first), tl.constexpr(_V.first_bits)
+M_SHIFT, M_MASK = tl.constexpr(moment_codes.SIGNED[8].shift), tl.constexpr((1 << moment_codes.SIGNED[8].shift) - 1)
+LARGEST = tl.constexpr(moment_codes.LARGEST)
 ROWS = 4  # a program updates four times as many blocks
 
 
 @dataclass(frozen=True)
 class QuantizedMoment:
-    """A moment in 8 bits.
-
-    codes (...) uint8, of N elements; scale (N / 256,) float32; values (256,) float32, ascending.
-    thresholds (2¹⁶,) int32, by the upper 16 bits of a float: with its lower 16 bits added, which are inverted first if
-    it is negative, its code is in the upper 16 bits.
-    """
+    """A moment in 8 bits: codes (...) uint8, of N elements; scale (N / 256,) and values (256,) float32."""
 
     codes: Tensor
     scale: Tensor
     values: Tensor
-    thresholds: Tensor
 
 
 @triton.jit
@@ -61,21 +59,50 @@ def _dequantize(codes_ptr, scale_ptr, values_ptr, offsets, rows, mask):
 
 
 @triton.jit
-def _quantize(moment, codes_ptr, scale_ptr, thresholds_ptr, offsets, rows, mask):
-    """Stores a moment (ROWS, 256). A NaN spreads over its block, as it does in torchao."""
-    scale = tl.maximum(tl.max(tl.abs(moment), 1), 1e-12)
-    scale = tl.where(tl.max((moment != moment).to(tl.int32), 1) > 0, float("nan"), scale)[:, None]
-    share = divide(moment, tl.broadcast_to(scale, moment.shape))
-    bits = share.to(tl.int32, bitcast=True)
-    bits ^= (bits >> 31) & 0xFFFF
-    codes = (tl.load(thresholds_ptr + ((bits >> 16) & 0xFFFF)) + (bits & 0xFFFF)) >> 16
-    tl.store(codes_ptr + offsets, codes.to(tl.uint8), mask=mask)
+def _is_finite(largest):
+    return (largest < LARGEST) & (largest == largest)
+
+
+@triton.jit
+def _quantize_first(moment, random, codes_ptr, scale_ptr, offsets, rows, mask):
+    """Stores first moments (ROWS, 256) as `moment_codes.write_signed` does; `random` (ROWS, 256) int32."""
+    largest = _largest(tl.abs(moment), moment)
+    bits = (largest.to(tl.int32, bitcast=True) + (1 << 21)) & 0x7F800000
+    scale = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(_is_finite(largest), scale, float("nan"))[:, None]
+    half = (moment * divide(1.0, scale)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    code = (((half & 0x7FFF) + (random & M_MASK)) >> M_SHIFT) | ((half >> 8) & 0x80)
+    tl.store(codes_ptr + offsets, code.to(tl.uint8), mask=mask)
     tl.store(scale_ptr + rows, scale, mask=mask)
 
 
 @triton.jit
+def _quantize_second(moment, random, beta2, codes_ptr, scale_ptr, offsets, rows, mask):
+    """Stores second moments (ROWS, 256) as `moment_codes.write_unsigned` does; `random` (ROWS, 256) int32."""
+    largest = _largest(moment, moment)[:, None]
+    before = tl.load(scale_ptr + rows, mask=mask, other=0.0)
+    base = tl.maximum(before * beta2, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
+    doublings = (largest.to(tl.int32, bitcast=True) - base + ((1 << 22) + (1 << 15))) >> 23
+    scale = tl.minimum(tl.maximum(base + (doublings << 23), 1 << 23), 253 << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(_is_finite(largest), scale, float("nan"))
+    share = moment * divide(1.0, scale) + V_FIRST
+    place = (share.to(tl.int32, bitcast=True) - V_FIRST_BITS) * V_STEPS + (random & 0x7FFFFF)
+    code = place >> 23
+    code = tl.where((code == 0) & (moment > 0), 1, code)
+    tl.store(codes_ptr + offsets, code.to(tl.uint8), mask=mask)
+    tl.store(scale_ptr + rows, scale, mask=mask)
+
+
+@triton.jit
+def _largest(magnitude, moment):
+    """The largest of each block (ROWS,); NaN if one is in it."""
+    has_nan = tl.max((moment != moment).to(tl.int32), 1) > 0
+    return tl.where(has_nan, float("nan"), tl.max(magnitude, 1))
+
+
+@triton.jit
 def _adamw_8bit_kernel(
-    table_ptr, owner_ptr, m_values_ptr, v_values_ptr, m_thresholds_ptr, v_thresholds_ptr,
+    table_ptr, owner_ptr, m_values_ptr, v_values_ptr,
     decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, NUMEL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -92,6 +119,7 @@ def _adamw_8bit_kernel(
     program = tl.program_id(0).to(tl.int64) - first_program
     lane = tl.arange(0, ROWS)[:, None] * NUMEL + tl.arange(0, NUMEL)[None, :]
     random = tl.randint4x(seed, program * ROWS * NUMEL + lane)  # one call of the generator gives four numbers
+    random_v = tl.randint4x(seed ^ 2, program * ROWS * NUMEL + lane)  # its own bits: 7 for m, 16 for p, 23 for v
     for part in tl.static_range(4):
         rows = (program * 4 + part) * ROWS + tl.arange(0, ROWS)[:, None]
         offsets = (program * 4 + part) * ROWS * NUMEL + lane
@@ -104,8 +132,8 @@ def _adamw_8bit_kernel(
             p, g, m, v, random[part],
             decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_correction2, eps, STOCHASTIC,
         )  # fmt: skip
-        _quantize(m, m_codes_ptr, m_scale_ptr, m_thresholds_ptr, offsets, rows, mask)
-        _quantize(v, v_codes_ptr, v_scale_ptr, v_thresholds_ptr, offsets, rows, mask)
+        _quantize_first(m, random[part] >> 16, m_codes_ptr, m_scale_ptr, offsets, rows, mask)
+        _quantize_second(v, random_v[part], beta2, v_codes_ptr, v_scale_ptr, offsets, rows, mask)
         tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
 
 
@@ -133,7 +161,7 @@ def foreach_adamw_8bit_(
 ) -> None:
     """Updates `params` and both moments in place; arguments as those of `foreach_adamw_`, moments as at the top.
 
-    `has_kernel` holds for each parameter. The moments of a kind share `values` and `thresholds`.
+    `has_kernel` holds for each parameter. The moments of a kind share `values`.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
@@ -154,7 +182,7 @@ def foreach_adamw_8bit_(
         m, v = exp_avgs[places[0]], exp_avg_sqs[places[0]]
         launch(
             _adamw_8bit_kernel, (owner.numel(),),
-            table_on(param.device, rows), owner, m.values, v.values, m.thresholds, v.thresholds,
+            table_on(param.device, rows), owner, m.values, v.values,
             *coefficients(step_count, hyper),
             PARAM=triton_type(param), GRAD=triton_type(grad), STOCHASTIC=is_stochastic(param, rounding),
             NUMEL=NUMEL, ROWS=ROWS,

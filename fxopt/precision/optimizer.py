@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.kernels.rounding import Rounding
-from fxopt.precision import optimizer_states
+from fxopt.precision import moment_ranges, optimizer_states
 from fxopt.precision.accumulation import AccumulatedGradients
 from fxopt.precision.annotate import parameter_precision, parameter_precisions
 from fxopt.precision.gradient_clipping import ClipBy, GradientClipping
@@ -88,8 +88,8 @@ class Optimizer(torch.optim.Optimizer):
 
     kind: the update rule; momentum, nesterov: of SGD and Muon, None for torch's default.
     rounding: of bfloat16 parameters: "stochastic", "nearest" or "kahan". int8 parameters are rounded stochastically.
-    optimizer_state: "float32", "8bit" or "4bit" (torchao's; tensors under 4096 elements, or not a whole number of
-        blocks, stay float32).
+    optimizer_state: "float32", "8bit" or "4bit": in blocks, rounded so that they are on average what float32 states are
+        (tensors under 4096 elements, or not a whole number of blocks, stay float32).
         Both are None for what each parameter's policy says, or "stochastic" and "float32" where it has none: a group
         whose parameters differ in this becomes several, each with the other options of the group.
     seed: of the noise, a pure function of (seed, number of the parameter's step, place of the parameter): training
@@ -359,9 +359,9 @@ class _Kept:
             if name == "compensation":
                 loaded[name] = value.to(torch.bfloat16).contiguous()
             elif hasattr(value, "to_local"):
-                loaded[name] = value if optimizer_states.is_quantized(value.to_local()) else value.float()
+                loaded[name] = value if moment_ranges.is_quantized(value.to_local()) else value.float()
             else:
-                value = value if optimizer_states.is_quantized(value) else value.float().contiguous()
+                value = value if moment_ranges.is_quantized(value) else value.float().contiguous()
                 if name in signed:
                     value = optimizer_states.convert(value, group["optimizer_state"], signed=signed[name])
                 loaded[name] = value

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.kernels import adamw_8bit
-from fxopt.kernels.adamw import CHUNK_NUMEL, Hyper, foreach_adamw_
+from fxopt.kernels.adamw import QUANTIZED_CHUNK_NUMEL, Hyper, foreach_adamw_
+from fxopt.kernels.moment_codes import Scratch
 from fxopt.kernels.rounding import Rounding
-from fxopt.precision import optimizer_states
+from fxopt.precision import moment_ranges, optimizer_states
 from fxopt.precision.parameter_storage import is_int8, local, storage_of
 
 Kind = Literal["adamw", "sgd", "adafactor", "muon"]
@@ -79,7 +80,7 @@ class AdamWRule:
             moment = local(item.state["exp_avg"])
             if _has_8bit_kernel(item, moment, group["rounding"]):
                 in_8_bits.append(item)
-            elif is_int8(item.parameter) or optimizer_states.is_quantized(moment):
+            elif is_int8(item.parameter) or moment_ranges.is_quantized(moment):
                 in_chunks.append(item)
             else:
                 plain.append(item)
@@ -96,8 +97,8 @@ class AdamWRule:
         )
         adamw_8bit.foreach_adamw_8bit_(
             **_arguments(in_8_bits),
-            exp_avgs=[optimizer_states.for_kernel(local(item.state["exp_avg"])) for item in in_8_bits],
-            exp_avg_sqs=[optimizer_states.for_kernel(local(item.state["exp_avg_sq"])) for item in in_8_bits],
+            exp_avgs=[moment_ranges.for_kernel(local(item.state["exp_avg"])) for item in in_8_bits],
+            exp_avg_sqs=[moment_ranges.for_kernel(local(item.state["exp_avg_sq"])) for item in in_8_bits],
             hyper=Hyper(**_adamw_options(group)),
             rounding=group["rounding"],
             seed=group["seed"],
@@ -105,19 +106,21 @@ class AdamWRule:
 
     def _update_in_chunks(self, items: Sequence[Item], group: Group) -> None:
         scratch = {device: _Scratch(device) for device in {item.gradient.device for item in items}}
+        beta2 = float(group["betas"][1])
         for item in items:
             storage, moments = item.storage(group), [local(item.state[name]) for name in self.signed]
+            noise = moment_ranges.Noise(group["seed"], int(item.state["step"]), item.index)
             gradient = item.gradient.reshape(-1)
             numel, device = gradient.numel(), gradient.device
             aligned = math.lcm(storage.alignment, *(getattr(moment, "block_size", 1) for moment in moments))
-            most = CHUNK_NUMEL if device.type == "cpu" else GPU_CHUNK_NUMEL
+            most = QUANTIZED_CHUNK_NUMEL if device.type == "cpu" else GPU_CHUNK_NUMEL
             chunk = max(aligned, most // aligned * aligned)
             for start in range(0, numel, chunk):
                 stop = min(start + chunk, numel)
                 p32, g32, m32, v32, passing = scratch[device].take(stop - start)
                 values = storage.read(start, stop, p32)
                 m, v = (
-                    optimizer_states.read(moment, start, stop, out, passing)
+                    moment_ranges.read(moment, start, stop, out, passing)
                     for moment, out in zip(moments, (m32, v32), strict=True)
                 )
                 foreach_adamw_(
@@ -131,8 +134,8 @@ class AdamWRule:
                     seed=0,
                     indices=[0],
                 )
-                optimizer_states.write(moments[0], start, m, passing)
-                optimizer_states.write(moments[1], start, v, passing)
+                moment_ranges.write(moments[0], start, m, passing, noise=noise)
+                moment_ranges.write(moments[1], start, v, passing, noise=noise, decay=beta2)
                 storage.write(start, values)
             storage.finish()
 
@@ -146,9 +149,9 @@ class _Scratch:
 
     def _provide(self, numel: int) -> None:
         self._values = torch.empty(4, numel, dtype=torch.float32, device=self._device)
-        self._states = optimizer_states.Scratch(numel, self._device)
+        self._states = Scratch(numel, self._device)
 
-    def take(self, numel: int) -> tuple[Tensor, Tensor, Tensor, Tensor, optimizer_states.Scratch]:
+    def take(self, numel: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Scratch]:
         """For `numel` elements: parameter, gradient and two moments (numel,), and what the states pass through."""
         if numel > self._values.shape[1]:
             self._provide(numel)
@@ -185,8 +188,8 @@ class TorchRule:
         library = self._optimizer([value], lr=float(group["lr"]), **own, **self._fixed)
         if int(step) > 1:  # torch's class makes its state at the first step
             library.state[value] = {"step": step - 1} | {
-                name: optimizer_states.read(local(state), 0, state.numel()).view(state.shape)
-                if torch.is_tensor(state) and optimizer_states.is_quantized(local(state))
+                name: moment_ranges.read(local(state), 0, state.numel()).view(state.shape)
+                if torch.is_tensor(state) and moment_ranges.is_quantized(local(state))
                 else state
                 for name, state in item.state.items()
                 if name not in ("step", "compensation")
@@ -197,8 +200,9 @@ class TorchRule:
                 continue
             if name in self.signed:
                 kept = item.state.get(name)
-                if kept is not None and optimizer_states.is_quantized(kept):
-                    optimizer_states.write(kept, 0, state.reshape(-1))
+                if kept is not None and moment_ranges.is_quantized(kept):
+                    noise = moment_ranges.Noise(group["seed"], int(step), item.index)
+                    moment_ranges.write(kept, 0, state.reshape(-1), noise=noise)
                     continue
                 state = optimizer_states.convert(state, group["optimizer_state"], signed=self.signed[name])
             item.state[name] = state
@@ -207,7 +211,7 @@ class TorchRule:
 
 
 def _has_8bit_kernel(item: Item, moment: Tensor, rounding: Rounding) -> bool:
-    if is_int8(item.parameter) or optimizer_states.form_of(moment) != "8bit":
+    if is_int8(item.parameter) or moment_ranges.form_of(moment) != "8bit":
         return False
     return adamw_8bit.has_kernel(local(item.parameter), item.gradient, rounding)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt.precision import optimizer_states
+from fxopt.precision import moment_ranges
 from fxopt.precision.parameter_storage import is_int8, local
 
 # Rules of torch.optim under which an element's update depends on that element alone, so that a sample can be updated
@@ -47,8 +47,8 @@ class Sampler:
         if is_int8(tensor):
             rows = self.positions // self._shape[1]
             return tensor.int_data.view(-1)[self.positions].float() * tensor.scale[rows].float()
-        if optimizer_states.is_quantized(tensor):
-            return optimizer_states.pick(tensor, self.positions)
+        if moment_ranges.is_quantized(tensor):
+            return moment_ranges.pick(tensor, self.positions)
         if tensor.is_contiguous():
             return tensor.view(-1).index_select(0, self.positions).float()
         return tensor[torch.unravel_index(self.positions, self._shape)].float()

@@ -108,7 +108,7 @@ def test_state_errors_grow_with_fewer_bits() -> None:
         parameter = weight()
         errors[form] = watched(Optimizer([parameter], optimizer_state=form), parameter).state_error  # type: ignore[arg-type]
     for moment in ("exp_avg", "exp_avg_sq"):
-        assert 1e-4 < errors["8bit"][moment] < 0.05 < errors["4bit"][moment] < 0.5
+        assert 1e-4 < errors["8bit"][moment] < 0.12 < errors["4bit"][moment] < 0.8
 
 
 def test_a_frozen_bfloat16_moment_shows() -> None:

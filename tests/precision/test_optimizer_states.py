@@ -1,4 +1,4 @@
-"""Quantized states are torchao's bit for bit, cost their two bytes, and are kept through a resume."""
+"""Quantized states are stored as they should be, cost their two bytes, and are kept through a resume."""
 
 import copy
 import pickle
@@ -14,10 +14,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from fxopt.precision.moment_ranges import Noise, is_quantized, read, write
 from fxopt.precision.optimizer import Optimizer
-from fxopt.precision.optimizer_states import MIN_NUMEL, convert, is_quantized, quantized_zeros, read, write
+from fxopt.precision.optimizer_states import MIN_NUMEL, convert, quantized_zeros
+from fxopt.precision.quantized_moment import Moment4bit, Moment8bit
 
-FORMS = [("8bit", OptimState8bit), ("4bit", OptimState4bit)]
+FORMS = [("8bit", Moment8bit), ("4bit", Moment4bit)]
 SIZES = ((64, 128), (100, 50), (300,), ())  # the second is no whole number of blocks, the third too small
 
 
@@ -37,21 +39,26 @@ def train(params: list[nn.Parameter], opt: torch.optim.Optimizer, steps: range) 
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(("form", "kind"), FORMS)
-def test_codes_are_those_of_torchao(form: Any, kind: Any, signed: bool) -> None:
-    """Values of all magnitudes, and those on either side of each boundary between two codes."""
-    ours, theirs = (quantized_zeros(torch.empty(1 << 16), form, signed=signed) for _ in range(2))
+def test_a_value_gets_the_nearest_code_or_one_of_its_neighbours(form: Any, kind: Any, signed: bool) -> None:
+    """To the nearest without noise, below or above with it; over forty decades, block by block."""
+    numel = 1 << 16
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(1 << 16, generator=generator) * 10.0 ** torch.randint(-9, 3, (1 << 16,), generator=generator)
-    boundaries = (ours.qmap[1:] + ours.qmap[:-1]) / 2
-    near = torch.cat([torch.nextafter(boundaries, boundaries + sign) for sign in (-1.0, 0.0, 1.0)])
-    for block in values.view(-1, ours.block_size)[: len(near) // (ours.block_size - 1) + 1]:
-        chosen, near = near[: ours.block_size - 1], near[ours.block_size - 1 :]
-        block[: len(chosen)], block[-1] = chosen, 1.0
+    values = torch.randn(numel, generator=generator) * 10.0 ** torch.randint(-4, 3, (numel,), generator=generator)
     values = values if signed else values.abs()
-    write(ours, 0, values.clone())
-    theirs.copy_(values)
-    assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scale, theirs.scale)
-    assert torch.equal(read(ours, 0, 1 << 16), theirs.dequantize())
+    values.view(64, -1).mul_(10.0 ** torch.linspace(-34, 5, 64)[:, None])
+    for noise in (None, Noise(1, 2, 3)):
+        state = quantized_zeros(torch.empty(numel), form, signed=signed)
+        write(state, 0, values.clone(), noise=noise)
+        found = read(state, 0, numel)
+        assert torch.equal(found, state.dequantize().view(-1))  # type: ignore[attr-defined]
+        scale = state.scale.repeat_interleave(state.block_size)  # type: ignore[attr-defined]
+        grid, share = state.qmap.double().abs().unique(), (values.double() / scale.double()).abs()  # type: ignore[attr-defined]
+        above = torch.searchsorted(grid, share).clamp(1, len(grid) - 1)
+        most = (grid[above] - grid[above - 1]) * (0.5 if noise is None else 1.0)
+        most = torch.where((above == 1) & (not signed), grid[1], most)  # nothing positive becomes zero
+        assert bool(
+            ((found.double() / scale - values.double() / scale).abs() <= most * 1.01).all()
+        )  # float16 rounds first, finely
 
 
 @pytest.mark.parametrize(("form", "kind"), FORMS)
@@ -114,7 +121,7 @@ def test_bytes_of_eight_bit_states() -> None:
     assert held / parameter.numel() < 2.05
 
 
-@pytest.mark.parametrize(("form", "tolerance"), [("8bit", 0.03), ("4bit", 0.25)])
+@pytest.mark.parametrize(("form", "tolerance"), [("8bit", 0.08), ("4bit", 0.35)])
 def test_training_follows_float32_states(form: Any, tolerance: float) -> None:
     """The distance between the two paths, against the length of the way."""
     ours, exact = parameters(torch.float32), parameters(torch.float32)
@@ -126,28 +133,30 @@ def test_training_follows_float32_states(form: Any, tolerance: float) -> None:
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 
-def test_the_update_is_that_of_torchao() -> None:
-    """One chunk and several, against torchao's own step on the same quantized moments."""
-    from torchao.optim.adam import single_param_adam
-
-    for shape in ((64, 128), (512, 600)):
-        p, g = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-        ours = nn.Parameter(p.clone())
-        opt = Optimizer([ours], lr=1e-2, optimizer_state="8bit", weight_decay=0.1)
-        moments = {"exp_avg": quantized_zeros(p, "8bit", signed=True)}
-        moments["exp_avg_sq"] = quantized_zeros(p, "8bit", signed=False)
-        for step in (1.0, 2.0, 3.0):
-            ours.grad = g.clone()
-            opt.step()
-            options = (torch.tensor(1e-2), 0.9, 0.999, 0.1, 1e-8, True, False)
-            single_param_adam(p, g, torch.tensor(step), *moments.values(), None, *options)
-            torch.testing.assert_close(ours.detach(), p, rtol=1e-5, atol=1e-6)
-            p.copy_(ours.detach())
-            for name, right in moments.items():
-                # One operation rounded otherwise puts a value on a boundary into the next code, and no further.
-                away = (opt.state[ours][name].codes.int() - right.codes.int()).abs()
-                assert away.max() <= 1 and (away > 0).float().mean() < 1e-3
-                right.copy_(opt.state[ours][name])
+def test_states_of_torchao_are_taken_over() -> None:
+    """A checkpoint of an earlier fxopt has torchao's codes: each value gets our nearest code, and its tensors load."""
+    values = torch.randn(64, 128)
+    for form, theirs in (("8bit", OptimState8bit), ("4bit", OptimState4bit)):
+        for signed in (True, False):
+            block = 256 if form == "8bit" else 128
+            old: Any = theirs.zeros((64, 128), signed=signed, block_size=block, dtype=torch.float32)
+            old.copy_(values if signed else values.square())
+            ours: Any = quantized_zeros(values, form, signed=signed)  # type: ignore[arg-type]
+            ours.copy_(old)  # what a distributed checkpoint does
+            converted: Any = convert(old, form, signed=signed)  # type: ignore[arg-type]
+            assert torch.equal(ours.dequantize(), converted.dequantize())
+            worst = 0.04 if form == "8bit" else 0.4
+            assert ((ours.dequantize() - old.dequantize()).norm() / old.dequantize().norm()) < worst
+            assert convert(converted, form, signed=signed) is converted  # type: ignore[arg-type]
+    params = parameters()
+    opt = Optimizer(params, optimizer_state="8bit")
+    train(params, opt, range(1))
+    saved = opt.state_dict()
+    old = OptimState8bit.zeros((64, 128), signed=False, dtype=torch.float32)
+    saved["state"][0]["exp_avg_sq"] = old.copy_(torch.ones(64, 128))
+    opt.load_state_dict(saved)
+    train(params, opt, range(1, 2))
+    assert opt.state[params[0]]["exp_avg_sq"].dequantize().mean() == pytest.approx(1.0, abs=0.03)
 
 
 def resume_from_file(params: list[nn.Parameter], opt: Optimizer, twins: list[nn.Parameter], folder: Path) -> Optimizer:

@@ -1,0 +1,215 @@
+"""Optimizer moments in 8 or 4 bits whose expected value is that of float32 moments: the codes, on any device.
+
+A step changes a second moment v by about a thousandth of its size (1 - beta2), and neighbouring values of 255 lie some
+percent apart: stored as the nearest it would never move. So it is rounded stochastically, up or down with the
+probabilities that make it right on average. That alone leaves a random walk whose spread grows while v decays; hence
+
+- **A grid that decays.** A block's scale is multiplied by beta2 at each step, and every stored value with it, without
+  any rounding. Only what the gradient adds is rounded. What remains of the noise is var(v) / v² of about half the
+  spacing of the values, at rest, in growth and in decay alike.
+- **Linear between, even in the logarithm over all.** The values are x = F - F(0), where F has `STEPS` evenly spaced
+  values in each doubling. Doubling the scale moves every code by STEPS and no value. Code 0 is exactly zero.
+- **Nothing positive becomes zero.** It keeps at least code 1: a second moment of zero beside a first moment that is not
+  would make a step without bounds. That is the one bias, of what is under 2⁻²⁸ of its block's largest.
+
+First moments move by a tenth of their size (1 - beta1), so that a plain floating-point grid serves, rounded
+stochastically too: float16's sign and lower exponents, with 3 bits of mantissa, or one in 4 bits.
+
+Sources: stochastic rounding, Gupta et al., arXiv:1502.02551; blocks with a scale, Dettmers et al., arXiv:2110.02861.
+The grid is this file's.
+
+Shapes: values (blocks, block) float32, contiguous; codes (blocks, block) uint8, from 0 to 2 ** bits - 1; scale
+(blocks,) float32.
+Bytes moved: 5 per element in each direction, 4 more for noise, and what passes through scratch in the cache.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT_BITS = 23  # of a float32's mantissa
+TINY = 2.0**-126  # the smallest float32 with all its digits
+LARGEST = 2.0**126  # what reaches it is not finite to us: the whole block becomes NaN
+
+
+@dataclass(frozen=True)
+class Unsigned:
+    """Second moments: code c stands for F(c) - F(0), F(c) being 2 ** (exponent - 127 + c / steps), linear in between.
+
+    steps: values in each doubling. exponent: float32's, of F(0).
+    """
+
+    steps: int
+    exponent: int
+
+    @property
+    def first(self) -> float:
+        """F(0)."""
+        return 2.0 ** (self.exponent - 127)
+
+    @property
+    def first_bits(self) -> int:
+        return self.exponent << FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class Signed:
+    """First moments: a sign, exponent bits and `mantissa` bits of a float16, whose other exponent bits are zero.
+
+    sign: the bit of a code that has the sign. shift: bits of a float16 that are cut. unit: what a value of one scale
+    becomes, so that a block's largest cannot be rounded to more than there are codes for.
+    """
+
+    sign: int
+    shift: int
+    unit: float
+
+
+# 25 doublings in the 255 codes of v: 7.6 decades in steps of 5 to 10 %, one more above zero. In |g|, half of that.
+UNSIGNED = {8: Unsigned(steps=10, exponent=102), 4: Unsigned(steps=1, exponent=113)}
+SIGNED = {8: Signed(sign=7, shift=7, unit=1.0), 4: Signed(sign=3, shift=9, unit=(6 - 2.0**-6) * 2.0**-14)}
+
+# A code's place in the bits of a float32 is code * 2²³ / steps; in whole numbers under 2³¹, and right to some 2⁻¹⁹:
+_PLACE_SHIFT = 3
+
+
+def _place(unsigned: Unsigned) -> int:
+    return (1 << (FLOAT_BITS + _PLACE_SHIFT)) // unsigned.steps
+
+
+class Scratch:
+    """What up to `numel` elements pass through between codes and values; for range after range.
+
+    Memory of its own for each range would be mapped and unmapped each time, which takes as long as the arithmetic.
+    """
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self._wide = torch.empty(numel, dtype=torch.float32, device=device)
+        self._halves = torch.empty(2, numel, dtype=torch.int16, device=device)
+
+    def wide(self, like: Tensor) -> Tensor:
+        """float32 of the shape of `like`."""
+        return self._wide[: like.numel()].view(like.shape)
+
+    def halves(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two int16 of the shape of `like`."""
+        one, other = self._halves[:, : like.numel()]
+        return one.view(like.shape), other.view(like.shape)
+
+
+def read_unsigned(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> Tensor:
+    """The second moments that `codes` stand for, in `out`."""
+    grid = UNSIGNED[bits]
+    places = out.view(torch.int32)
+    places.copy_(codes).mul_(_int32(_place(grid))).bitwise_right_shift_(_int32(_PLACE_SHIFT))
+    places.add_(_int32(grid.first_bits))
+    return out.sub_(_float32(grid.first)).mul_(scale[:, None])
+
+
+def write_unsigned(
+    values: Tensor, codes: Tensor, scale: Tensor, bits: int, decay: float, noise: Tensor | None, scratch: Scratch
+) -> None:
+    """Stores second moments, none negative, in `codes` and `scale`, whose grid has decayed by `decay` since last time.
+
+    noise: (blocks, block) int32, even in [0, 2²³); None for the nearest. Keeps `values`.
+    """
+    grid = UNSIGNED[bits]
+    largest = torch.amax(values, 1)
+    scale.copy_(next_scale(largest, scale, decay))
+    shares = torch.mul(values, scale.reciprocal()[:, None], out=scratch.wide(values)).add_(_float32(grid.first))
+    places = shares.view(torch.int32).sub_(_int32(grid.first_bits))
+    if grid.steps > 1:
+        places.mul_(_int32(grid.steps))
+    places.add_(_int32(1 << (FLOAT_BITS - 1)) if noise is None else noise).bitwise_right_shift_(_int32(FLOAT_BITS))
+    codes.copy_(places)
+    if codes.device.type != "cpu":
+        codes.add_((codes == 0).logical_and_(values > 0))
+        return
+    # Few blocks have an element that small, and comparing costs more than all the rest.
+    rows = (codes.amin(1) == 0).logical_and_(largest > 0).nonzero().view(-1)
+    if rows.numel():
+        found = codes[rows]
+        codes[rows] = found.add_((found == 0).logical_and_(values[rows] > 0))
+
+
+def next_scale(largest: Tensor, scale: Tensor, decay: float) -> Tensor:
+    """The scale (blocks,) that puts `largest` (blocks,) between 0.66 and 1.5 and moves the grid by whole doublings."""
+    base = (scale * decay).clamp_(min=TINY)
+    base_bits = base.view(torch.int32)
+    # The bits of a float grow as its logarithm does, nearly: half a doubling more or less, they tell the doublings.
+    doublings = (largest.view(torch.int32) - base_bits).add_((1 << (FLOAT_BITS - 1)) + (1 << 15)) >> FLOAT_BITS
+    moved = (base_bits + (doublings << FLOAT_BITS)).clamp_(1 << FLOAT_BITS, 253 << FLOAT_BITS).view(torch.float32)
+    return torch.where(largest < LARGEST, moved, torch.nan)
+
+
+def read_signed(codes: Tensor, scale: Tensor, bits: int, out: Tensor, scratch: Scratch) -> Tensor:
+    """The first moments that `codes` stand for, in `out`."""
+    grid = SIGNED[bits]
+    half, sign = scratch.halves(out)
+    if bits == 8:
+        half.copy_(codes.view(torch.int8)).bitwise_left_shift_(_int16(grid.shift))
+        half.bitwise_and_(_int16(~(1 << 14)))  # which the sign has been extended to
+    else:
+        half.copy_(codes)
+        torch.bitwise_right_shift(half, grid.sign, out=sign).bitwise_left_shift_(15)
+        half.bitwise_and_((1 << grid.sign) - 1).bitwise_left_shift_(grid.shift).bitwise_or_(sign)
+    out.copy_(half.view(torch.float16))
+    if grid.unit != 1.0:
+        out.mul_(1 / grid.unit)
+    return out.mul_(scale[:, None])
+
+
+def write_signed(
+    values: Tensor, codes: Tensor, scale: Tensor, bits: int, noise: Tensor | None, scratch: Scratch
+) -> None:
+    """Stores first moments in `codes` and `scale`; `noise` (blocks, block) int16, even in [0, 2 ** shift).
+
+    `values` are scratch afterwards.
+    """
+    grid = SIGNED[bits]
+    largest = torch.maximum(values.amax(1), values.amin(1).neg_())
+    scale.copy_(power_of_two(largest) if bits == 8 else largest.clamp_(min=TINY))  # 8 codes leave no room to spare
+    shares = values.mul_((grid.unit / scale)[:, None])
+    half, sign = scratch.halves(values)
+    half.view(torch.float16).copy_(shares)
+    # Sign and magnitude: the noise makes either larger.
+    half.add_(_int16(1 << (grid.shift - 1)) if noise is None else noise)
+    torch.bitwise_right_shift(half, _int16(15 - grid.sign), out=sign).bitwise_and_(_int16(1 << grid.sign))
+    half.bitwise_right_shift_(_int16(grid.shift))
+    if bits != 8:  # in 8 bits the cast cuts what the sign has been extended to
+        half.bitwise_and_((1 << grid.sign) - 1)
+    codes.copy_(half.add_(sign))
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """The power of two (blocks,) that puts `largest` (blocks,) between 0.875 and 1.75."""
+    bits = largest.view(torch.int32).add(1 << (FLOAT_BITS - 2)).bitwise_and_(255 << FLOAT_BITS)
+    moved = bits.clamp_(1 << FLOAT_BITS, 253 << FLOAT_BITS).view(torch.float32)
+    return torch.where(largest < LARGEST, moved, torch.nan)
+
+
+@functools.cache
+def _int32(value: int) -> Tensor:
+    """A number as a tensor () of the dtype that it meets: a Python number would be converted at every call."""
+    return torch.tensor(value, dtype=torch.int32)
+
+
+@functools.cache
+def _int16(value: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.int16)
+
+
+@functools.cache
+def _float32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def code_values(bits: int, signed: bool) -> Tensor:
+    """What each code stands for at a scale of 1: (2 ** bits,) float32 on the CPU."""
+    codes = torch.arange(1 << bits, dtype=torch.uint8)[None]
+    out, one = torch.empty(1, 1 << bits), torch.ones(1)
+    if signed:
+        return read_signed(codes, one, bits, out, Scratch(1 << bits, out.device))[0]
+    return read_unsigned(codes, one, bits, out)[0]

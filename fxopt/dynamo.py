@@ -88,12 +88,14 @@ def quiet(is_first: bool) -> Iterator[None]:
     def drop_ours(record: logging.LogRecord) -> bool:
         return record.thread != here
 
-    log = logging.getLogger("torch._guards")
-    log.addFilter(drop_ours)
+    logs = [logging.getLogger(name) for name in ("torch._guards", "torch._subclasses.fake_tensor")]
+    for log in logs:
+        log.addFilter(drop_ours)
     try:
         yield
     finally:
-        log.removeFilter(drop_ours)
+        for log in logs:
+            log.removeFilter(drop_ours)
 
 
 def where_and_why(graph_break: Any) -> str:

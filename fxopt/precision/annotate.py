@@ -339,7 +339,9 @@ def _author_dtypes(model: nn.Module, storage: torch.dtype) -> dict[str, torch.dt
             # Building a model may draw random numbers; the caller's generator stays where it was.
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 loaded = build(copy.deepcopy(module.config), dtype=storage)
-            found.update((root + name, tensor.dtype) for name, tensor in loaded.named_parameters())
+            of_parts = {root + name: tensor.dtype for name, tensor in loaded.named_parameters()}
+            if not _mixes_dtypes(loaded):
+                found.update(of_parts)
             found.update((root + name, tensor.dtype) for name, tensor in loaded.named_buffers())
         except Exception as error:  # any modelling file runs here
             warnings.warn(
@@ -353,6 +355,24 @@ def _author_dtypes(model: nn.Module, storage: torch.dtype) -> dict[str, torch.dt
             loadable = [*module.named_parameters(), *((n, b) for n, b, saved in _named_buffers(module) if saved)]
             found.update((root + name, torch.float32) for name, _ in loadable if pattern.search(name))
     return found
+
+
+def _mixes_dtypes(loaded: nn.Module) -> bool:
+    """Whether the code of a model on the meta device fails on parameters that it declares in another dtype.
+
+    Then nobody meant that dtype: XLNet's come from `torch.FloatTensor`, which no default dtype reaches.
+    """
+    declared = {parameter.dtype for parameter in loaded.parameters() if parameter.is_floating_point()}
+    kept = getattr(loaded, "_keep_in_fp32_modules_strict", None) or getattr(loaded, "_keep_in_fp32_modules", None)
+    if len(declared) < 2 or kept:
+        return False
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            loaded(input_ids=tokens)
+    except Exception as error:  # any modelling file runs here, and some ask for values, which meta tensors lack
+        return isinstance(error, RuntimeError) and ("scalar type" in str(error) or "dtype" in str(error))
+    return False
 
 
 def _set_config_dtype(module: nn.Module, storage: torch.dtype) -> None:

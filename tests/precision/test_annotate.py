@@ -15,9 +15,12 @@ from transformers import (
     GPTJForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from benchmarks.tiny_causal_lms import tiny_config
 from fxopt.precision.annotate import annotate, parameter_precisions, policy_of
 from fxopt.precision.policy import Policy, PolicyError, Selector
 
@@ -253,3 +256,22 @@ def test_a_parameter_without_data_is_refused_before_any_change(model: nn.Module,
         annotate(model, "bf16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert policy_of(model) is None
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_parameters_that_are_float32_by_accident_are_stored_as_the_policy_says(held):
+    """XLNet's come from `torch.FloatTensor`, and its code fails where they stay float32 beside bfloat16."""
+    config = XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=48, vocab_size=99, dropout=0.0)
+    model = XLNetLMHeadModel(config).to(held)
+    annotate(model, "bf16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    tokens = torch.randint(3, 99, (2, 7))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def test_parameters_that_are_float32_on_purpose_stay_so():
+    """Without a word in the class: the model's code casts for them."""
+    config = tiny_config("hunyuan_v1_moe")
+    model = annotate(AutoModelForCausalLM.from_config(config), "bf16")
+    wide = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32]
+    assert wide and all(name.endswith("mlp.gate.wg.weight") for name in wide)

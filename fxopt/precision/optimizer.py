@@ -13,11 +13,12 @@ from fxopt.precision.accumulation import AccumulatedGradients
 from fxopt.precision.annotate import parameter_precision, parameter_precisions
 from fxopt.precision.gradient_clipping import ClipBy, GradientClipping
 from fxopt.precision.optimizer_kinds import RULES, Item, Kind
-from fxopt.precision.param_group import check_options, check_parameter, name_of, place_of
+from fxopt.precision.param_group import check_options, check_parameter, place_of
 from fxopt.precision.parameter_storage import is_int8, local
 from fxopt.precision.policy import OptimizerState, Precision
 from fxopt.precision.release_gradients import UpdateInBackward
 from fxopt.precision.roles import Role, parameter_roles
+from fxopt.precision.state_shapes import check_gradient, check_state
 
 
 def optimizer(
@@ -181,7 +182,8 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update. Parameters without a gradient are left alone. Returns what `closure` returns.
 
-        Raises RuntimeError for a sparse gradient, before any parameter is changed.
+        Raises, before anything is changed, RuntimeError for a gradient that is sparse or not of its parameter's shape,
+        and ValueError for a state that is not.
         """
         loss = None
         if closure is not None:
@@ -201,7 +203,10 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor]) -> None:
         """Updates these parameters, all of which have a gradient. `step()` and released gradients come through here."""
-        self._check_gradients(parameters)
+        for parameter in parameters:
+            group, _ = self._places[parameter]
+            check_gradient(parameter, group)
+            check_state(parameter, self.state.get(parameter, {}), group, group["kind"])
         self._clipping.clip(parameters, self.param_groups[0]["previous_grad_norm"])
         self.add_states(parameters)
         for observer in self._observers:
@@ -247,9 +252,15 @@ class Optimizer(torch.optim.Optimizer):
 
         torch casts the moments to the parameter's dtype: through bfloat16, a resumed run would leave its path at once.
         The state of one of torch's optimizers of the same kind is accepted too.
+
+        Raises ValueError, before anything is changed, for a state that is not of its parameter's shape, or not of the
+        kind; and what torch raises for other parameters or groups.
         """
 
         def keep(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            for mine, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
+                for parameter, key in zip(mine["params"], saved["params"], strict=False):
+                    check_state(parameter, loaded["state"].get(key, {}), mine, saved.get("kind", mine["kind"]))
             groups = [
                 {**{name: value for name, value in mine.items() if name in self.defaults}, **saved}
                 for mine, saved in zip(self.param_groups, loaded["param_groups"], strict=False)
@@ -322,16 +333,6 @@ class Optimizer(torch.optim.Optimizer):
             pieces = torch.zeros(sum(sizes), dtype=torch.float32, device=device).split(sizes)
             for (parameter, name), piece in zip(moments, pieces, strict=True):
                 self.state[parameter][name] = piece.view(parameter.shape)
-
-    def _check_gradients(self, parameters: Sequence[Tensor]) -> None:
-        for parameter in parameters:
-            assert parameter.grad is not None
-            if parameter.grad.layout != torch.strided:
-                group, _ = self._places[parameter]
-                raise RuntimeError(
-                    f"the gradient of {name_of(group, place_of(group, parameter))} is sparse, and fxopt.optimizer "
-                    "updates dense ones; build the embedding with sparse=False"
-                )
 
 
 class UpdateObserver(Protocol):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.precision.parameter_storage import is_int8
-from fxopt.precision.policy import Policy
 from fxopt.precision.saved_files import POLICY_FILE
 
 
@@ -57,22 +56,61 @@ class SavePretrained(_Method):
 
 
 class ResizeTokenEmbeddings(_Method):
-    """transformers' `resize_token_embeddings`, which may build a new output head: the policy is applied to it too."""
+    """transformers' `resize_token_embeddings`, which may build a new output head: the policy is applied to it too.
+
+    Gradients that are there go on, with zeros for new tokens. Where transformers raises, the policy holds as before.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from fxopt.precision.annotate import annotate
 
-        policy: Policy = self.model._fxopt_policy  # type: ignore[assignment]
-        int8 = [parameter for parameter in self.model.parameters() if is_int8(parameter)]
+        model: Any = self.model
+        ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+        int8 = [weight for weight in dict.fromkeys(ends) if is_int8(weight)]
         if int8:
             from fxopt.precision.quantized import dequantize_parameter
 
             for parameter in int8:
-                dequantize_parameter(self.model, parameter, parameter.dtype)
-        original: Any = type(self.model).resize_token_embeddings  # type: ignore[attr-defined]
-        result = original(self.model, *args, **kwargs)
-        annotate(self.model, policy, emulate=bool(self.model._fxopt_emulate))
+                dequantize_parameter(model, parameter, parameter.dtype)
+        before = {parameter: (name, parameter.shape) for name, parameter in model.named_parameters()}
+        gradients: dict[str, Tensor] = {}
+        for parameter, (name, _) in before.items():
+            if parameter.grad is not None:
+                gradients[name], parameter.grad = parameter.grad, None
+        try:
+            result = type(model).resize_token_embeddings(model, *args, **kwargs)
+        finally:
+            for parameter, (_, shape) in before.items():
+                if parameter.shape != shape:
+                    _renew_accumulator(parameter)
+            annotate(model, model._fxopt_policy, emulate=bool(model._fxopt_emulate))
+            for name, parameter in model.named_parameters():
+                if name in gradients:
+                    parameter.grad = _resized(gradients[name], parameter)
         return result
+
+
+def _renew_accumulator(parameter: Tensor) -> None:
+    """Lets the next graph that reaches `parameter` ask its shape anew.
+
+    torch knows the shape of a parameter's gradient from the node that accumulates it, and keeps the node while a graph
+    leads there: that of a loss which somebody holds, or of a call whose frame is garbage that Dynamo has left, and not
+    collected yet. Another shape in `.data` leaves the node as it is; another dtype makes a new one.
+    """
+    data = parameter.data
+    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+    parameter.data = data
+
+
+def _resized(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """`gradient`, with the elements that `parameter` still has; new ones are 0."""
+    dtype = parameter.grad_dtype or gradient.dtype
+    if gradient.shape == parameter.shape:
+        return gradient.to(dtype)
+    kept = tuple(slice(min(sizes)) for sizes in zip(gradient.shape, parameter.shape, strict=True))
+    resized = gradient.new_zeros(parameter.shape, dtype=dtype)
+    resized[kept] = gradient[kept].to(dtype)
+    return resized
 
 
 class Apply(_Method):

@@ -131,3 +131,40 @@ def test_a_vocabulary_grows(policy: str, tied: bool, llama: LlamaForCausalLM, to
     assert model.lm_head.weight.fxopt_precision.storage == storage and model.lm_head.weight.shape == (128, 32)
     model(input_ids=tokens, labels=tokens).loss.backward()
     assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16-8bit", "int8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_changes_while_gradients_and_a_loss_are_there(
+    policy: str, tied: bool, llama: LlamaForCausalLM, tokens: Tensor
+) -> None:
+    llama.config.tie_word_embeddings = tied
+    model = annotate(LlamaForCausalLM(llama.config), policy)
+    query, tokens = model.model.layers[0].self_attn.q_proj.weight, tokens % 80
+    for size in (128, 80):
+        loss = model(input_ids=tokens, labels=tokens).loss  # held, as a loop's variable is
+        loss.backward()
+        before = {name: parameter.grad for name, parameter in model.named_parameters()}
+        codes = query.int_data.clone() if policy == "int8" else None
+        model.resize_token_embeddings(size, mean_resizing=False)
+        if codes is not None:  # what has nothing to do with the vocabulary keeps its codes
+            assert torch.equal(query.int_data, codes)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.shape == parameter.shape and parameter.fxopt_precision.storage is not None
+            rows = min(len(parameter), len(before[name]))
+            assert torch.equal(parameter.grad[:rows], before[name][:rows]) and not parameter.grad[rows:].any()
+        again = model(input_ids=tokens, labels=tokens).loss
+        again.backward()
+        assert model.get_input_embeddings().weight.grad.shape == (size, 32)
+        fxopt.optimizer(model).step()
+
+
+def test_a_resize_that_fails_leaves_the_policy(llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    model = annotate(llama, "int8")
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    with pytest.raises(ValueError, match="not and integer"):
+        model.resize_token_embeddings(128, pad_to_multiple_of=0.5)
+    for parameter in model.parameters():
+        held = torch.int8 if hasattr(parameter, "int_data") else parameter.dtype
+        assert parameter.fxopt_precision.storage == held and parameter.grad is not None
+    model(input_ids=tokens, labels=tokens).loss.backward()

@@ -45,17 +45,16 @@ def _attends_across_documents(model: nn.Module, call: Call, may_wait: bool) -> b
         return False
     if positions.device.type != "cpu" and not may_wait:
         return False
-    has_mask = isinstance(mask, torch.Tensor)
-    if has_mask and mask.ndim != 2:
-        return False  # the caller's own
-    if not has_mask:
+    restarts: Any = positions.diff(dim=-1) <= 0
+    if isinstance(mask, torch.Tensor):
+        if mask.ndim != 2:
+            return False  # the caller's own
+        restarts = restarts & (mask[:, 1:] == 1) & (mask[:, :-1] == 1)  # not what is padding
+    else:
         uses_cache = would_cache(model) if call.get("use_cache") is None else bool(call["use_cache"])
         by_positions = str(getattr(getattr(model, "config", None), "_attn_implementation", "")).startswith("flash")
         if not uses_cache or by_positions:
             return False
-    restarts: Any = positions.diff(dim=-1) <= 0
-    if has_mask:
-        restarts = restarts & (mask[:, 1:] == 1) & (mask[:, :-1] == 1)  # not what is padding
     return bool(restarts.any())
 
 

@@ -48,9 +48,10 @@ from fxopt.rewrite.report import GraphRecord, Report
 from fxopt.rewrite.snapshot import snapshot
 from fxopt.rewrite.structured_trace import trace_graph
 from fxopt.training_call import (
+    EXPECTED,
     LABELS,
     NOT_DIFFERENTIATED,
-    HookCount,
+    HookedModules,
     as_captured,
     kind_of,
     mark_dynamic,
@@ -164,7 +165,7 @@ class OptimizedForward:
         # The model's before the call that runs now, if that call captures.
         self._state: ModelState | None = None
         self._has_boundaries = False
-        self._hooks: HookCount | None = None
+        self._hooks: HookedModules | None = None
         self.observe: Observer | None = None  # sees each graph before the passes, after each, and as it runs
         self.runner: Callable[[fx.GraphModule], Callable[..., Any]] = lambda module: module.forward
 
@@ -190,10 +191,16 @@ class OptimizedForward:
                 )
             return self._run_original(args, kwargs, reason)
         if reason:
+            if reason not in EXPECTED and reason not in self.report.uncovered and self._is_trained():
+                logger.warning(
+                    "fxopt: this call of %s is not optimized, and runs its original forward: %s",
+                    type(self.model).__name__,
+                    reason,
+                )
             with original_throughout():  # what the caller wants of the model, the modules inside it must give
                 return self._run_original(args, kwargs, reason)
         captured = as_captured(self.model, self.signature, call)
-        kind = kind_of(self.model, captured, self._num_hooks())
+        kind = kind_of(self.model, captured, self._hooks_now())
         look_at_call(self.report, self.model, call, is_first=kind not in self._compiled)
         if kind in self._disabled:
             return self._fall_back(args, kwargs, self._disabled[kind])
@@ -227,16 +234,19 @@ class OptimizedForward:
             raise  # a checkpoint around this call has computed again all that it needs
         except Exception as error:
             # Whatever the reason, the original must run now; if the call itself is at fault, it says so better.
-            num_hooks = self._num_hooks()
+            hooks = self._hooks_now()
             with original_throughout():
                 outputs = self._run_original(args, kwargs, "")
-            if state is not None and not again and self._num_hooks() != num_hooks:
+            if state is not None and not again and self._hooks_now() != hooks:
                 # Transformers installs the hooks that capture outputs in the first forward that is to give some.
                 state.give_back()
-                kind = kind_of(self.model, captured, self._num_hooks())
+                kind = kind_of(self.model, captured, self._hooks_now())
                 return self._run_or_fall_back(kind, captured, args, kwargs, again=True)
-            self._disabled[kind] = in_a_line(error)
-            self._count_fallback(in_a_line(error))
+            if is_first:  # graphs that will not run
+                number = self.optimization.kinds.get((self.name, kind))
+                self.report.graphs[:] = [graph for graph in self.report.graphs if graph.kind != number]
+            self._disabled[kind] = in_a_line(error) + self._backward_hooks()
+            self._count_fallback(self._disabled[kind])
             return outputs
         number = self.optimization.kinds[self.name, kind]
         if is_first and not any(graph.kind == number for graph in self.report.graphs):
@@ -277,9 +287,21 @@ class OptimizedForward:
             )
         self.report.fallbacks[reason] += 1
 
-    def _num_hooks(self) -> int:
+    def _backward_hooks(self) -> str:
+        """Which modules have some, for who looks for the reason why Dynamo failed."""
+        names = [
+            name for name, module in self.model.named_modules() if module._backward_hooks or module._backward_pre_hooks
+        ]
+        return f" (there are backward hooks, which Dynamo may not capture, on {', '.join(names[:3])})" if names else ""
+
+    def _is_trained(self) -> bool:
+        """Whether this call is differentiated, and by itself: not inside another that has said so."""
+        is_trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters())
+        return is_trained and not _running.originals
+
+    def _hooks_now(self) -> Hashable:
         if self._hooks is None:  # not while a model is unpickled
-            self._hooks = HookCount(self.model)
+            self._hooks = HookedModules(self.model)
         return self._hooks()
 
     def _give_state_back(self) -> None:
@@ -302,7 +324,7 @@ class OptimizedForward:
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
         mark_dynamic(call)
         self._graphs_run.clear()
-        kind = kind_of(self.model, call, self._num_hooks())
+        kind = kind_of(self.model, call, self._hooks_now())
         try:
             outputs = self._run_captured(kind, call, None)
         finally:

@@ -79,14 +79,20 @@ def replacement_of(entry: OptimizedForward) -> str:
     if forward is None:
         return "the class's own forward is back in its place"
     function = inspect.unwrap(forward, stop=is_optimized)
-    function = getattr(function, "func", function)  # functools.partial, as accelerate's hooks are
-    by = getattr(forward, "func", forward)
-    code = getattr(getattr(by, "__func__", by), "__code__", None)
+    innermost = getattr(function, "func", function)  # functools.partial, as accelerate's hooks are
+    if is_optimized(innermost):
+        outermost = getattr(forward, "func", forward)
+        return f"wrapped by {_name_of(forward if is_optimized(outermost) else outermost)}"
+    return f"replaced by {_name_of(innermost)}"
+
+
+def _name_of(function: Any) -> str:
+    """The module and name of a function's code, not its own name, which is that of what it wraps."""
+    plain = getattr(function, "__func__", function)
+    code = getattr(plain, "__code__", None)
     if code is None:
-        name = f"a {type(by).__module__}.{type(by).__qualname__}"
-    else:  # not by its name, which is that of what it wraps
-        name = f"{getattr(by, '__func__', by).__globals__.get('__name__', '?')}.{code.co_qualname}"
-    return f"wrapped by {name}" if is_optimized(function) else f"replaced by {name}"
+        return f"a {type(function).__module__}.{type(function).__qualname__}"
+    return f"{plain.__globals__.get('__name__', '?')}.{code.co_qualname}"
 
 
 def _is_pretrained_model(module: nn.Module) -> bool:

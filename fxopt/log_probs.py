@@ -8,6 +8,7 @@ states and weights, which are computed chunk by chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,8 @@ def token_log_probs(
             f"token_log_probs: labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}; for each row of "
             "logits there must be one label"
         )
-    if not temperature > 0:
-        raise ValueError(f"token_log_probs: temperature is {temperature}; it must be positive")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"token_log_probs: temperature is {temperature}; it must be positive and finite")
     if not shifted:  # the last logits are for no label: rows that are left out cost nothing
         labels = torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)], dim=-1)
     if isinstance(logits, DeferredTensor) and not logits.is_computed and _has_plain_head(logits.source):

@@ -17,6 +17,13 @@ Call = dict[str, Any]  # arguments by name
 # What a forward may call its labels: transformers' name, and those of models in the manner of nanoGPT.
 LABELS = ("labels", "targets", "target")
 NOT_DIFFERENTIATED = "the call has no labels, and nothing is differentiated"
+NOTHING_REQUIRES_GRAD = "the call has no labels, and nothing requires a gradient"
+MAY_WANT_CACHE = "the call has no labels, and may be asked for its cache in evaluation"
+EMPTY = "the batch is empty"
+IN_TRANSFORM = "the call is inside a torch.func transform"
+IN_MODE = "the call is inside a TorchDispatchMode or torch.export, which want to see the original's operations"
+# What nobody is surprised by: no step of training, or somebody who looks at the original.
+EXPECTED = (NOT_DIFFERENTIATED, NOTHING_REQUIRES_GRAD, MAY_WANT_CACHE, EMPTY, IN_TRANSFORM, IN_MODE)
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GET_HOOKS, _GET_MODULES = itemgetter(*_HOOKS), itemgetter("_modules")
@@ -42,9 +49,9 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
     if call is None:
         return "the call's arguments have no names"
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "the call is inside a torch.func transform"
+        return IN_TRANSFORM
     if torch._C._len_torch_dispatch_stack() or torch.compiler.is_exporting():
-        return "the call is inside a TorchDispatchMode or torch.export, which want to see the original's operations"
+        return IN_MODE
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__:
         # It counts what is saved, and ends its second forward by an error in the middle.
@@ -55,11 +62,11 @@ def why_not_covered(model: nn.Module, call: Call | None) -> str:
             return NOT_DIFFERENTIATED
         tensors = [value for value in call.values() if isinstance(value, torch.Tensor)]
         if not any(tensor.requires_grad for tensor in chain(tensors, model.parameters())):
-            return "the call has no labels, and nothing requires a gradient"
+            return NOTHING_REQUIRES_GRAD
         if not model.training and call.get("use_cache") is None and would_cache(model):
-            return "the call has no labels, and may be asked for its cache in evaluation"
+            return MAY_WANT_CACHE
     if any(value.numel() == 0 for value in ([labels] if labels is not None else tensors[:1])):
-        return "the batch is empty"
+        return EMPTY
     for name in ("use_cache", "output_hidden_states", "output_attentions"):
         if call.get(name):
             return f"the call asks for {name}"
@@ -122,10 +129,10 @@ def _spare_the_mask(model: nn.Module, signature: inspect.Signature, call: Call) 
             call["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
 
 
-def kind_of(model: nn.Module, call: Call, num_hooks: int) -> Hashable:
+def kind_of(model: nn.Module, call: Call, hooks: Hashable) -> Hashable:
     """What calls have in common that can share their graphs: everything that Dynamo would capture anew for.
 
-    `num_hooks`: how many the model's modules have. Dynamo does not look at hooks again once it has captured a module.
+    `hooks`: which modules have any. Dynamo does not look at hooks again once it has captured a module.
     """
     shapes = tuple(
         (name, tuple(size == 1 for size in value.shape[:2]) if isinstance(value, torch.Tensor) else None)
@@ -133,19 +140,22 @@ def kind_of(model: nn.Module, call: Call, num_hooks: int) -> Hashable:
     )
     autocast = tuple(torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES)
     modes = model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    process_wide = sum(len(getattr(torch.nn.modules.module, f"_global{name}")) for name in _HOOKS)
-    return shapes, autocast, modes, num_hooks + process_wide
+    process_wide = tuple(len(getattr(torch.nn.modules.module, f"_global{name}")) for name in _HOOKS)
+    return shapes, autocast, modes, hooks, process_wide
 
 
-class HookCount:
-    """How many hooks a model's modules have, asked in each call: what a walk over the modules finds is kept."""
+class HookedModules:
+    """Which modules inside a model have hooks, asked in each call: what a walk over the modules finds is kept.
+
+    The model's own run outside of its forward, and are not what is captured.
+    """
 
     def __init__(self, model: nn.Module):
         self._model = model
         self._walk()
 
     def _walk(self) -> None:
-        modules = list(self._model.modules())
+        modules = list(self._model.modules())[1:]
         # `torch.jit.trace` makes modules that keep hooks or children elsewhere, and do not change their children.
         plain = [all(name in module.__dict__ for name in ("_modules", *_HOOKS)) for module in modules]
         self._attributes = [module.__dict__ for module in compress(modules, plain)]
@@ -153,13 +163,16 @@ class HookCount:
         self._children = self._children_now()
 
     def _children_now(self) -> list[nn.Module | None]:
-        return list(chain.from_iterable(map(dict.values, map(_GET_MODULES, self._attributes))))
+        own = list(self._model.children())
+        return own + list(chain.from_iterable(map(dict.values, map(_GET_MODULES, self._attributes))))
 
-    def __call__(self) -> int:
+    def __call__(self) -> tuple[tuple[int, int], ...]:
+        """For each place that has hooks, its number in the order of the modules, and how many it has."""
         if self._children_now() != self._children:  # the same modules: they have no equality of their own
             self._walk()
-        count = sum(map(len, chain.from_iterable(map(_GET_HOOKS, self._attributes))))
-        return count + sum(len(getattr(module, name)) for module in self._traced for name in _HOOKS)
+        counts = list(map(len, chain.from_iterable(map(_GET_HOOKS, self._attributes))))
+        counts += [len(getattr(module, name)) for module in self._traced for name in _HOOKS]
+        return tuple((place, count) for place, count in enumerate(counts) if count) if any(counts) else ()
 
 
 def _takes(signature: inspect.Signature, name: str) -> bool:

@@ -1,6 +1,8 @@
 """Calls of an optimized model train as the original's do, in whatever way they are captured."""
 
 import copy
+import functools
+import warnings
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import fxopt
 from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm
 from fxopt.capture import OptimizedForward
-from fxopt.training_call import HookCount
+from fxopt.training_call import HookedModules
 from tests.tiny_models import LLAMA_HITS, SIZES, tiny_batch, tiny_llama, tiny_model
 from tests.training import assert_trains_alike, gradients
 
@@ -309,6 +311,70 @@ def test_a_write_to_what_backward_needs_is_an_error_as_ever():
         loss.backward()
 
 
+def test_hooks_that_change_places_are_told_apart():
+    """As many as before, of the model, in it, and of all modules: only some are in what was captured."""
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32", prove=False)
+    plain = fxopt.restore(copy.deepcopy(model))
+    places = {
+        "model": lambda of: of.register_forward_hook(lambda module, args, output: None),
+        "mlp": lambda of: of.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 0),
+        "head": lambda of: of.lm_head.register_forward_hook(lambda module, args, output: output * 0.5),
+        "all": lambda of: register_module_forward_hook(
+            lambda module, args, output: output * 0.5 if isinstance(module, nn.Embedding) else None
+        ),
+    }
+    for name, register in places.items():
+        losses = []
+        for each in (model, plain):
+            handle = register(each)
+            losses.append(each(**tiny_batch()).loss)
+            handle.remove()
+        torch.testing.assert_close(*losses, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_detect_anomaly_refuses_no_rule():
+    """The proof's samples hold NaN."""
+    model = fxopt.optimize(tiny_llama(), "bf16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Anomaly Detection")
+        with torch.autograd.detect_anomaly():
+            model(**tiny_batch()).loss.backward()
+            assert torch.is_anomaly_enabled()
+    assert fxopt.report(model).hits == LLAMA_HITS and not fxopt.report(model).refused
+
+
+def test_a_call_that_trains_and_is_not_covered_is_told(caplog):
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
+    for _ in range(2):
+        model(**tiny_batch(), output_hidden_states=True).loss.backward()
+    with torch.no_grad():
+        model(**tiny_batch(), use_cache=True)
+    assert [record.message for record in caplog.records if record.name == "fxopt"] == [
+        "fxopt: this call of LlamaForCausalLM is not optimized, and runs its original forward: the call asks for "
+        "output_hidden_states"
+    ]
+    assert "no call was optimized so far" in str(fxopt.report(model))
+
+
+def test_a_backward_hook_that_dynamo_does_not_capture_is_named():
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
+    model.model.layers[0].mlp.register_full_backward_hook(lambda module, inputs, outputs: None)
+    model(**tiny_batch()).loss.backward()
+    report = fxopt.report(model)
+    if report.fallbacks:
+        assert "backward hooks, which Dynamo may not capture, on model.layers.0.mlp" in str(report)
+        assert not report.hits and not report.graphs
+
+
+def test_a_partial_around_the_forward_is_named_and_leads_to_it():
+    model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "fp32", prove=False)
+    model.forward = functools.partial(model.forward, use_cache=False)
+    model(**tiny_batch()).loss.backward()
+    report = fxopt.report(model)
+    assert report.forward_replaced == "wrapped by a functools.partial" and report.optimized.total() == 1
+
+
 def test_hooks_registered_later_run():
     model = fxopt.optimize(tiny_llama(num_hidden_layers=1), "bf16")
     before = model(**tiny_batch()).loss
@@ -375,17 +441,19 @@ def test_hooks_are_counted_in_modules_of_every_kind():
     """Of a module that `torch.jit.trace` made there is no `__dict__` to look them up in."""
     linear = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(linear, torch.jit.trace(torch.nn.Linear(4, 4), torch.zeros(1, 4)), linear)
-    count = HookCount(model)
-    assert count() == 0
+    hooked = HookedModules(model)
+    assert hooked() == ()
     linear.register_forward_hook(lambda *_: None)
     linear.register_forward_pre_hook(lambda *_: None)
-    assert count() == 2
+    assert [count for _, count in hooked()] == [1, 1]
     model[0] = torch.nn.Linear(4, 4)
     model[0].register_forward_hook(lambda *_: None)
-    assert count() == 3
+    assert [count for _, count in hooked()] == [1, 1, 1]
     model.append(torch.nn.Linear(4, 4))
     model[-1].register_full_backward_hook(lambda *_: None)
-    assert count() == 4
+    assert sum(count for _, count in hooked()) == 4
+    model.register_forward_hook(lambda *_: None)  # runs outside of what is captured
+    assert len(hooked()) == 4
 
 
 def test_a_first_forward_that_installs_hooks_is_captured_with_them():

@@ -49,20 +49,20 @@ class AccumulatedGradients:
     def __init__(self) -> None:
         self.parameters: tuple[Tensor, ...] = ()
         self.step = 0
-        self._again: list[Tensor] = []  # frozen ones may be trained later, int8 ones lose hooks where they are moved
 
     def attach(self, parameters: Sequence[Tensor]) -> None:
         """Hooks the parameters that are trained and have no hook of this object; those of an earlier one go."""
         self.parameters = tuple(parameters)
-        self._again = [p for p in parameters if not p.requires_grad or is_wrapper(p)]
         for number, parameter in enumerate(parameters):
             self._attach(number, parameter)
 
     def start_over(self) -> None:
-        """The next gradient of each parameter begins a new sum."""
+        """The next gradient of each parameter begins a new sum.
+
+        Frozen ones may be trained by now, int8 ones lose hooks where they are moved, another optimizer took them.
+        """
         self.step += 1
-        if self._again:
-            self.attach(self.parameters)
+        self.attach(self.parameters)
 
     def _attach(self, number: int, parameter: Tensor) -> None:
         hooks: Any = parameter._backward_hooks
@@ -73,11 +73,12 @@ class AccumulatedGradients:
                 parameter._backward_hooks = hooks  # one that was moved has its dict still, but no longer calls it
                 return
             del hooks[key]
-        if parameter.requires_grad and not hasattr(parameter, "to_local") and parameter.dtype == torch.bfloat16:
+        # Whatever the dtype is now: a policy may be applied later.
+        if parameter.requires_grad and not hasattr(parameter, "to_local"):
             parameter.register_hook(_Hook(weakref.ref(self), number))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parameters": (), "step": 0, "_again": []}
+        return {"parameters": (), "step": 0}
 
 
 class _Hook:

@@ -106,7 +106,7 @@ def _file_beside(model: nn.Module, name: str) -> Path | None:
         return path if path.is_file() else None
     if commit is None:
         return None
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(
         place,

@@ -68,9 +68,13 @@ class Prover:
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Real tensors and gradients, whatever mode the compiler is in and whatever hooks the caller has set."""
+    """Real tensors and gradients, whatever mode the compiler is in and whatever hooks the caller has set.
+
+    Samples hold NaN, which `detect_anomaly` would take for a fault.
+    """
     no_hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), no_hooks:
+    no_anomalies = torch.autograd.set_detect_anomaly(False)
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), no_hooks, no_anomalies:
         yield
 
 

@@ -212,6 +212,8 @@ class Report:
         return lines
 
     def _headline(self) -> str:
+        if not self.graphs and (self.uncovered or self.fallbacks):
+            return f"{self.model}, policy {self.policy}: no call was optimized so far"
         if not self.graphs:
             return f"{self.model}, policy {self.policy}: no graph captured yet; the first training call captures it"
         latest = self._latest()

@@ -245,10 +245,13 @@ def test_two_more_bytes_while_summing_and_none_otherwise(llama: LlamaForCausalLM
     assert [held(num, set_to_none=False) for num in (1, 1, 3, 1)] == [num_bytes, num_bytes, 2 * num_bytes, num_bytes]
 
 
-def test_float32_parameters_have_no_hook() -> None:
+def test_float32_parameters_are_summed_as_ever() -> None:
     parameter = nn.Parameter(torch.ones(4))
     Optimizer([parameter])
-    assert not parameter._backward_hooks
+    for _ in range(3):
+        (parameter * 0.1).sum().backward()
+    assert parameter.grad is not None and residual_of(parameter.grad) is None
+    assert torch.equal(parameter.grad, torch.full((4,), 0.1) + 0.1 + 0.1)
 
 
 # ------------------------------------------------------------------------------------------------ who looks and changes
@@ -354,11 +357,27 @@ def thaw(opt: Optimizer, model: Any) -> Any:
     return model.weight
 
 
+def made_before_the_policy(_: Optimizer, model: Any) -> Any:
+    model.early = nn.Parameter(torch.full((1,), 0.5))
+    model.kept = Optimizer([model.early])
+    model.early.data = model.early.data.bfloat16()
+    return model.early
+
+
+def second_optimizer_that_goes(opt: Optimizer, model: Any) -> Any:
+    Optimizer(model.parameters())
+    gc.collect()
+    opt.step()
+    return model.weight
+
+
 CHANGES: dict[str, Callable[[Optimizer, Any], Any]] = {
     "added group": change_group,
     "loaded state": lambda opt, model: opt.load_state_dict(opt.state_dict()) or model.weight,  # type: ignore[func-returns-value]
     "moved": lambda opt, model: model._apply(torch.clone).weight,
     "frozen, then trained": thaw,
+    "made before the policy": made_before_the_policy,
+    "a second optimizer that goes": second_optimizer_that_goes,
     "a second optimizer": lambda opt, model: setattr(model, "kept", Optimizer(model.parameters())) or model.weight,  # type: ignore[func-returns-value]
 }
 

@@ -88,15 +88,15 @@ class Scratch:
     def __init__(self, numel: int, device: torch.device) -> None:
         self._wide = torch.empty(numel, dtype=torch.float32, device=device)
         self._halves = torch.empty(2, numel, dtype=torch.int16, device=device)
+        self._shape: torch.Size | None = None
 
-    def wide(self, like: Tensor) -> Tensor:
-        """float32 of the shape of `like`."""
-        return self._wide[: like.numel()].view(like.shape)
-
-    def halves(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two int16 of the shape of `like`."""
-        one, other = self._halves[:, : like.numel()]
-        return one.view(like.shape), other.view(like.shape)
+    def take(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of this shape: float32; int16, and the same memory as float16; another int16."""
+        if shape != self._shape:
+            wide = self._wide[: shape.numel()].view(shape)
+            half, sign = (part[: shape.numel()].view(shape) for part in self._halves)
+            self._shape, self._taken = shape, (wide, half, half.view(torch.float16), sign)
+        return self._taken
 
 
 def read_unsigned(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> Tensor:
@@ -118,7 +118,8 @@ def write_unsigned(
     grid = UNSIGNED[bits]
     largest = torch.amax(values, 1)
     scale.copy_(next_scale(largest, scale, decay))
-    shares = torch.mul(values, scale.reciprocal()[:, None], out=scratch.wide(values)).add_(_float32(grid.first))
+    wide, *_ = scratch.take(values.shape)
+    shares = torch.mul(values, scale.reciprocal()[:, None], out=wide).add_(_float32(grid.first))
     places = shares.view(torch.int32).sub_(_int32(grid.first_bits))
     if grid.steps > 1:
         places.mul_(_int32(grid.steps))
@@ -126,6 +127,8 @@ def write_unsigned(
     codes.copy_(places)
     if codes.device.type != "cpu":
         codes.add_((codes == 0).logical_and_(values > 0))
+        return
+    if bool(codes.all()):
         return
     # Few blocks have an element that small, and comparing costs more than all the rest.
     rows = (codes.amin(1) == 0).logical_and_(largest > 0).nonzero().view(-1)
@@ -136,18 +139,23 @@ def write_unsigned(
 
 def next_scale(largest: Tensor, scale: Tensor, decay: float) -> Tensor:
     """The scale (blocks,) that puts `largest` (blocks,) between 0.66 and 1.5 and moves the grid by whole doublings."""
-    base = (scale * decay).clamp_(min=TINY)
-    base_bits = base.view(torch.int32)
+    base = torch.mul(scale, _float32(decay)).clamp_(min=TINY)
+    bits = base.view(torch.int32)
     # The bits of a float grow as its logarithm does, nearly: half a doubling more or less, they tell the doublings.
-    doublings = (largest.view(torch.int32) - base_bits).add_((1 << (FLOAT_BITS - 1)) + (1 << 15)) >> FLOAT_BITS
-    moved = (base_bits + (doublings << FLOAT_BITS)).clamp_(1 << FLOAT_BITS, 253 << FLOAT_BITS).view(torch.float32)
-    return torch.where(largest < LARGEST, moved, torch.nan)
+    doublings = torch.sub(largest.view(torch.int32), bits).add_(_int32((1 << (FLOAT_BITS - 1)) + (1 << 15)))
+    bits.add_(doublings.bitwise_and_(_int32(-1 << FLOAT_BITS))).clamp_(1 << FLOAT_BITS, 253 << FLOAT_BITS)
+    return base.add_(_mark(largest))
+
+
+def _mark(largest: Tensor) -> Tensor:
+    """Zeros, but NaN where `largest` is not under `LARGEST`."""
+    return torch.mul(largest, _float32(4.0)).mul_(_float32(0.0))
 
 
 def read_signed(codes: Tensor, scale: Tensor, bits: int, out: Tensor, scratch: Scratch) -> Tensor:
     """The first moments that `codes` stand for, in `out`."""
     grid = SIGNED[bits]
-    half, sign = scratch.halves(out)
+    _, half, half_float, sign = scratch.take(out.shape)
     if bits == 8:
         half.copy_(codes.view(torch.int8)).bitwise_left_shift_(_int16(grid.shift))
         half.bitwise_and_(_int16(~(1 << 14)))  # which the sign has been extended to
@@ -155,7 +163,7 @@ def read_signed(codes: Tensor, scale: Tensor, bits: int, out: Tensor, scratch: S
         half.copy_(codes)
         torch.bitwise_right_shift(half, grid.sign, out=sign).bitwise_left_shift_(15)
         half.bitwise_and_((1 << grid.sign) - 1).bitwise_left_shift_(grid.shift).bitwise_or_(sign)
-    out.copy_(half.view(torch.float16))
+    out.copy_(half_float)
     if grid.unit != 1.0:
         out.mul_(1 / grid.unit)
     return out.mul_(scale[:, None])
@@ -171,9 +179,11 @@ def write_signed(
     grid = SIGNED[bits]
     largest = torch.maximum(values.amax(1), values.amin(1).neg_())
     scale.copy_(power_of_two(largest) if bits == 8 else largest.clamp_(min=TINY))  # 8 codes leave no room to spare
-    shares = values.mul_((grid.unit / scale)[:, None])
-    half, sign = scratch.halves(values)
-    half.view(torch.float16).copy_(shares)
+    shares = values.mul_(scale.reciprocal()[:, None])
+    if grid.unit != 1.0:
+        shares.mul_(grid.unit)
+    _, half, half_float, sign = scratch.take(values.shape)
+    half_float.copy_(shares)
     # Sign and magnitude: the noise makes either larger.
     half.add_(_int16(1 << (grid.shift - 1)) if noise is None else noise)
     torch.bitwise_right_shift(half, _int16(15 - grid.sign), out=sign).bitwise_and_(_int16(1 << grid.sign))
@@ -185,9 +195,9 @@ def write_signed(
 
 def power_of_two(largest: Tensor) -> Tensor:
     """The power of two (blocks,) that puts `largest` (blocks,) between 0.875 and 1.75."""
-    bits = largest.view(torch.int32).add(1 << (FLOAT_BITS - 2)).bitwise_and_(255 << FLOAT_BITS)
-    moved = bits.clamp_(1 << FLOAT_BITS, 253 << FLOAT_BITS).view(torch.float32)
-    return torch.where(largest < LARGEST, moved, torch.nan)
+    bits = torch.add(largest.view(torch.int32), _int32(1 << (FLOAT_BITS - 2)))
+    bits.bitwise_and_(_int32(255 << FLOAT_BITS)).clamp_(1 << FLOAT_BITS, 253 << FLOAT_BITS)
+    return bits.view(torch.float32).add_(_mark(largest))
 
 
 @functools.cache

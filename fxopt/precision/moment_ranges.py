@@ -65,13 +65,19 @@ def _step_noise(seed: int, step: int, shift: int | None, size: int) -> Tensor:
 
     At least twice as many numbers as are needed at a time: each chunk reads a slice at a random place.
     """
-    generator = torch.Generator().manual_seed(noise_key(seed, step, 2))
-    draws = torch.empty(size // 4, dtype=torch.int64).random_(-(1 << 63), None, generator=generator).view(torch.int16)
+    draws = _step_draws(seed, step, size)
     if shift is not None:
-        return draws.bitwise_and_((1 << shift) - 1)
+        return draws & ((1 << shift) - 1)
     noise = draws.to(torch.int32).bitwise_and_((1 << 16) - 1)
     # In the middle of each 2⁷ that 16 bits cannot tell apart: right on average.
     return noise.bitwise_left_shift_(FLOAT_BITS - 16).add_(1 << (FLOAT_BITS - 17))
+
+
+@functools.lru_cache(maxsize=1)
+def _step_draws(seed: int, step: int, size: int) -> Tensor:
+    """(size,) int16, any bits: first and second moments read them at other places. Not to be written to."""
+    generator = torch.Generator().manual_seed(noise_key(seed, step, 2))
+    return torch.empty(size // 4, dtype=torch.int64).random_(-(1 << 63), None, generator=generator).view(torch.int16)
 
 
 def read(state: Any, start: int, stop: int, out: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:

@@ -11,13 +11,14 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from huggingface_hub import constants, get_session
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 SEQUENCE_LENGTH = 2048
+MOST_TOKENS = 1 << 24  # of a batch on one device: their hidden states alone, 4096 wide in bfloat16, are 137 GB
 HUB_TIMEOUT_S = 3
 
 
@@ -35,6 +36,8 @@ def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
     """
     if isinstance(model, PretrainedConfig):
         return model
+    if not isinstance(model, str | Path):
+        raise UnknownModelError(f"{model!r} is no model, configuration, name or path")
     name, path = str(model), Path(model).expanduser()
     if path.is_file():
         return _from_fields(_read(path), name)
@@ -53,10 +56,22 @@ def configuration_of(model: PretrainedConfig | str | Path) -> PretrainedConfig:
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Raises ValueError for a size below 1, by its name."""
+    """Raises ValueError for a size that is no whole number, or below 1, by its name."""
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}; it is a number from 1 on")
+        if size is not None and (isinstance(size, bool) or not isinstance(size, SupportsIndex) or int(size) < 1):
+            raise ValueError(f"{name} is {size!r}; it is a whole number from 1 on")
+
+
+def check_batch(batch_size: int, sequence_length: int) -> None:
+    """Raises ValueError for more tokens than any device computes at once.
+
+    What is found on fake tensors takes no memory for them, but some for each chunk of a loss that goes by chunks.
+    """
+    if batch_size * sequence_length > MOST_TOKENS:
+        raise ValueError(
+            f"batch_size is {batch_size}; with sequence_length {sequence_length} it is at most "
+            f"{MOST_TOKENS // sequence_length}, {MOST_TOKENS} tokens: give the rows of one micro-batch on one device"
+        )
 
 
 def longest_sequence(config: Any) -> int | None:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from fxopt.capture import CapturedCall, Optimization, OptimizedForward, Settings
 from fxopt.error_lines import in_a_line
-from fxopt.inspection.configurations import check_sizes, sequence_for
+from fxopt.inspection.configurations import check_batch, check_sizes, sequence_for
 from fxopt.inspection.diff import Conditions, Graph, GraphDiff, call_in_words
 from fxopt.inspection.fake_models import checkpoint_activations, fake_model, labelled_batch, source_of
 from fxopt.inspection.record import Recorder
@@ -74,6 +74,7 @@ def inspect_model(
     check_sizes(batch_size=batch_size)
     source, config = source_of(model)
     sequence_length = sequence_for(config, sequence_length)
+    check_batch(batch_size, sequence_length)
     fake, mode = fake_model(source, policy)
     chosen = cast(Policy, policy_of(fake))
     fake.train(training)

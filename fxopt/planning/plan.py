@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from fxopt.atomic_file import write_text
 from fxopt.error_lines import in_a_line
-from fxopt.inspection.configurations import check_sizes, sequence_for
+from fxopt.inspection.configurations import check_batch, check_sizes, sequence_for
 from fxopt.inspection.fake_models import fake_model, source_of
 from fxopt.inspection.numbers import bytes_of, in_bytes, in_count
 from fxopt.kernels.adamw import workspace_bytes
@@ -150,6 +150,7 @@ def plan(
         raise ValueError(f"unknown accuracy {accuracy!r}; known: {', '.join(get_args(Accuracy))}")
     source, config = source_of(model)
     sequence_length = sequence_for(config, sequence_length)
+    check_batch(batch_size or 1, sequence_length)
     like, _ = fake_model(source, "bf16")
     num_parameters = sum(parameter.numel() for parameter in like.parameters())
     budget = device_memory() if memory is None else memory

@@ -108,7 +108,7 @@ def test_an_initialization_that_looks_at_values():
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"batch_size": -1}, {"sequence_length": 0}])
 def test_sizes_that_cannot_be(sizes):
-    with pytest.raises(ValueError, match=f"{next(iter(sizes))} is .*; it is a number from 1 on"):
+    with pytest.raises(ValueError, match=f"{next(iter(sizes))} is .*; it is a whole number from 1 on"):
         fxopt.inspect("llama", **sizes)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
+from fxopt.arguments import require_module
 from fxopt.capture import Backend, OptimizedForward, Settings
 from fxopt.entries import find_entry, optimize_entries, replacement_of
 from fxopt.inspection.diff import GraphDiff
@@ -63,8 +64,7 @@ def optimize(
         TypeError: `model` is not a module.
         PolicyError: the policy is unknown, or cannot be applied to a parameter of this model.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fxopt.optimize takes a torch.nn.Module, not {type(model).__name__}; load the model first")
+    require_module("optimize", model)
     settings = Settings("", backend, pipeline, prove)  # wrong options are refused before anything is changed
     annotate(model, policy, emulate=emulate)
     settings = replace(settings, policy=cast(Policy, policy_of(model)).name)
@@ -74,6 +74,7 @@ def optimize(
 
 def restore(model: ModelT) -> ModelT:
     """Give `model` its original forward back, in place. Its parameters keep the policy's dtypes."""
+    require_module("restore", model)
     original_forwards(model)
     return model
 
@@ -83,6 +84,7 @@ def report(model: nn.Module) -> Report:
 
     Raises ValueError if the model is not optimized, or holds several that are.
     """
+    require_module("report", model)
     forward = _optimized_forward(model)
     found = forward.report
     found.forward_replaced = replacement_of(forward)
@@ -98,6 +100,7 @@ def verify(model: nn.Module, *batches: Mapping[str, Any]) -> Verification:
     state are as before when this returns. Raises ValueError for a batch that runs the original forward, such as one
     without labels, and where there is no batch.
     """
+    require_module("verify", model)
     return _verify(_optimized_forward(model), batches)
 
 

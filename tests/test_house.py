@@ -35,6 +35,7 @@ FLOORS = {
     "fxopt.training_call": 3,
     "fxopt.capture": 3,
     "fxopt.verification": 3,
+    "fxopt.arguments": 0,
     "fxopt.atomic_file": 0,
     "fxopt.float64": 0,
     "fxopt.model_state": 0,

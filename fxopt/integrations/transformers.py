@@ -10,7 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fxopt.precision.annotate import parameter_precisions
 from fxopt.precision.monitor import Monitor, monitor
-from fxopt.precision.optimizer import Optimizer, rounding_and_state
+from fxopt.precision.optimizer import Optimizer
+from fxopt.precision.param_group import rounding_and_state
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fxopt.arguments import require_module
 from fxopt.kernels.rounding import Rounding
 from fxopt.precision.adapters import warn_about_torchao_layers
 from fxopt.precision.boundaries import place_boundaries, remove_boundaries
@@ -58,8 +59,9 @@ def annotate(model: nn.Module, policy: str | Policy | None = None, *, emulate: b
     emulate: compute float8 products in wider arithmetic where the hardware has no float8.
 
     Raises PolicyError (unknown policy, a selector that matches nothing or asks for what cannot work, a parameter
-    without data: on `meta` or lazy, hardware without float8), before anything is changed.
+    without data: on `meta` or lazy, hardware without float8), TypeError (no module), before anything is changed.
     """
+    require_module("annotate", model)
     policy = _policy_for(model, policy)
     _require_data(model)
     author = _author_dtypes(model, policy.default.compute)

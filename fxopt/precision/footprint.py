@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.arguments import require_module
 from fxopt.precision.accumulation import residual_of
 
 
@@ -46,6 +47,7 @@ def footprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
     Memory that tensors share counts once; a tensor made of others (int8 data and its scale, 8-bit states) counts as
     these; of a sharded one, this rank's part. Works on fake tensors.
     """
+    require_module("footprint", model)
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     residuals = [kept for gradient in gradients if (kept := residual_of(gradient)) is not None]

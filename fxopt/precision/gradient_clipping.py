@@ -1,7 +1,7 @@
 """Gradient clipping that also works where no two gradients exist at one time."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, SupportsFloat, get_args
 
 import torch
 from torch import Tensor
@@ -20,10 +20,15 @@ class GradientClipping:
     """
 
     def __init__(self, max_norm: float | None, by: ClipBy, *, released: bool) -> None:
+        if released not in (True, False):
+            raise ValueError(f"fxopt.optimizer: release_gradients={released!r} is neither True nor False")
         if by not in get_args(ClipBy):
             raise ValueError(f"fxopt.optimizer: clip_by={by!r} is none of {', '.join(get_args(ClipBy))}")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"fxopt.optimizer: clip_grad_norm={max_norm!r} must be above 0")
+        if max_norm is not None and not (isinstance(max_norm, SupportsFloat) and float(max_norm) > 0):
+            raise ValueError(
+                f"fxopt.optimizer: clip_grad_norm={max_norm!r} must be a number above 0, such as 1.0, or None for no "
+                "clipping"
+            )
         if max_norm is not None and released and by == "global":
             raise ValueError(
                 "fxopt.optimizer: with release_gradients=True the global norm is known only when the last gradient is, "

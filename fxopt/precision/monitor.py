@@ -35,8 +35,8 @@ class Monitor:
         compute: torch.dtype | None = None,
         labels: Mapping[Any, str] | None = None,
     ) -> None:
-        if samples < 1:
-            raise ValueError(f"fxopt.monitor: samples={samples!r} must be 1 or more")
+        if not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"fxopt.monitor: samples={samples!r} must be a whole number from 1 on")
         while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
             if not hasattr(optimizer, "optimizer"):
                 raise TypeError(f"fxopt.monitor watches a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -7,15 +7,25 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from fxopt.arguments import require_module
 from fxopt.kernels.rounding import Rounding
 from fxopt.precision import moment_ranges, optimizer_states
 from fxopt.precision.accumulation import AccumulatedGradients
-from fxopt.precision.annotate import parameter_precision, parameter_precisions
+from fxopt.precision.annotate import parameter_precisions
 from fxopt.precision.gradient_clipping import ClipBy, GradientClipping
 from fxopt.precision.optimizer_kinds import RULES, Item, Kind
-from fxopt.precision.param_group import check_options, check_parameter, place_of
+from fxopt.precision.param_group import (
+    by_precision,
+    check_options,
+    check_parameter,
+    check_usable,
+    place_of,
+    require_values,
+    roles_named,
+    rounding_and_state,
+)
 from fxopt.precision.parameter_storage import is_int8, local
-from fxopt.precision.policy import OptimizerState, Precision
+from fxopt.precision.policy import OptimizerState
 from fxopt.precision.release_gradients import UpdateInBackward
 from fxopt.precision.roles import Role, parameter_roles
 from fxopt.precision.state_shapes import check_gradient, check_state
@@ -49,10 +59,26 @@ def optimizer(
     release_gradients, clip_grad_norm, clip_by: see `Optimizer`.
     seed: of the rounding noise.
 
-    Raises ValueError (no trainable parameter, unknown role in `no_decay`, option out of range), TypeError (a trainable
-    parameter that is neither float32, nor bfloat16, nor torchao's int8 weight for training).
+    Raises ValueError (no trainable parameter, one on the meta device, unknown role in `no_decay`, option out of range
+    or of another kind), TypeError (no module; a trainable parameter that is neither float32, nor bfloat16, nor
+    torchao's int8 weight for training).
     """
-    exempt = _roles_named(no_decay)
+    require_module("optimizer", model)
+    exempt = roles_named(no_decay)
+    asked: dict[str, Any] = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "kind": kind,
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "seed": seed,
+    }
+    check_options({**asked, **rounding_and_state(None)})
+    check_usable(kind, momentum, nesterov)
+    for name, parameter in model.named_parameters():
+        require_values(name, parameter)
     roles = parameter_roles(model)
     precisions = parameter_precisions(model)
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
@@ -68,17 +94,10 @@ def optimizer(
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to optimize")
     return Optimizer(
         list(groups.values()),
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        kind=kind,
-        momentum=momentum,
-        nesterov=nesterov,
+        **asked,
         release_gradients=release_gradients,
         clip_grad_norm=clip_grad_norm,
         clip_by=clip_by,
-        seed=seed,
     )
 
 
@@ -162,7 +181,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         before = len(self.param_groups)
         try:
-            for group in _by_precision({**self.defaults, **param_group}, param_group):
+            for group in by_precision({**self.defaults, **param_group}, param_group):
                 self._add_one_group(group)
         except Exception:
             del self.param_groups[before:]
@@ -369,37 +388,5 @@ class _Kept:
         return loaded
 
 
-def rounding_and_state(precision: Precision | None) -> dict[str, Any]:
-    """The options of `Optimizer` that a parameter's precision asks for."""
-    if precision is None:
-        return {"rounding": "stochastic", "optimizer_state": "float32"}
-    # What is stored in float32 is not rounded; but should a policy that comes later store it in bfloat16, it must be.
-    rounding = "stochastic" if precision.storage == torch.float32 else precision.rounding
-    return {"rounding": rounding, "optimizer_state": precision.optimizer_state}
-
-
-def _by_precision(options: dict[str, Any], param_group: dict[str, Any]) -> list[dict[str, Any]]:
-    """`param_group` with the rounding and states that its `options` leave to the policy: one group for each choice."""
-    left = [name for name in ("rounding", "optimizer_state") if options[name] is None]
-    params = param_group["params"]
-    if not left or isinstance(params, set):  # which torch refuses, in its words
-        return [param_group]
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in [params] if isinstance(params, Tensor) else params:
-        parameter = entry[1] if isinstance(entry, tuple) else entry
-        asked = rounding_and_state(parameter_precision(parameter) if isinstance(parameter, Tensor) else None)
-        chosen = {name: asked[name] for name in left}
-        group = groups.setdefault(tuple(chosen.values()), {**param_group, **chosen, "params": []})
-        group["params"].append(entry)
-    return list(groups.values()) or [{**param_group, **rounding_and_state(None)}]
-
-
 def _is_muons(parameter: Tensor, role: Role) -> bool:
     return role == Role.LINEAR and parameter.dim() == 2
-
-
-def _roles_named(no_decay: str | None) -> frozenset[Role]:
-    try:
-        return frozenset(Role(role.strip()) for role in (no_decay or "").split(",") if role.strip())
-    except ValueError as error:
-        raise ValueError(f"no_decay={no_decay!r}: {error}; roles: {', '.join(Role)}") from None

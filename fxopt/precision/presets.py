@@ -45,6 +45,8 @@ def policies() -> dict[str, Policy]:
 def named(name: str) -> Policy:
     """The preset called `name`. Raises PolicyError, with the nearest name, where there is none."""
     presets = policies()
+    if not isinstance(name, str):
+        raise PolicyError(f"a preset is called by its name, one of {', '.join(presets)}; got {name!r}")
     if name in presets:
         return presets[name]
     if name == "auto":

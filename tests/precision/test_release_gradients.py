@@ -271,5 +271,5 @@ def test_clipping_that_cannot_be_is_refused() -> None:
         two(released=True, clip_grad_norm=1.0)
     with pytest.raises(ValueError, match="clip_by='norm' is none of global, previous, parameter"):
         two(released=True, clip_by="norm")
-    with pytest.raises(ValueError, match="clip_grad_norm=0 must be above 0"):
+    with pytest.raises(ValueError, match="clip_grad_norm=0 must be a number above 0"):
         two(released=False, clip_grad_norm=0)

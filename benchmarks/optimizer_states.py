@@ -6,8 +6,9 @@ states: sqrt(v of float32 states / v), by how much too long or too short each el
     which half of each block's gradients shrink tenfold, grow tenfold, become zero, or stay, at step 1000; and the error
     of m as a share of the largest of its block.
 curves: held-out loss of a tiny network that learns what another computes, so that its gradients shrink with its loss.
-    At step 1000 every other input becomes ten times smaller, and means something else from then on: what is to be
-    learned anew has small gradients beside large ones.
+    --task change: at step 1000 every other input becomes ten times smaller, and means something else from then on:
+    what is to be learned anew has small gradients beside large ones. --task spread: inputs differ in size by two
+    decades, and stay as they are.
 
 A library that is not installed is named and left out: pip install bitsandbytes.
 """
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(states_table(results["states"], options.steps))
     if not options.only or options.only == "curves":
         results["curves"] = {
-            variant: [train(variant, options.curve_steps, seed) for seed in range(options.seeds)]
+            variant: [train(variant, options.curve_steps, seed, options.task) for seed in range(options.seeds)]
             for variant in variants
         }
         console.print(curves_table(results["curves"]))
@@ -162,33 +163,69 @@ def moment(made: tuple[nn.Parameter, torch.optim.Optimizer], number: int) -> Ten
     return (kept.dequantize() if hasattr(kept, "codes") else kept).float()
 
 
-def train(variant: str, steps: int, seed: int) -> dict[str, float]:
+def train(variant: str, steps: int, seed: int, task: str) -> dict[str, float]:
     """Held-out loss by step, on inputs as they are then. The student has its teacher's shape."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.ones(256)
-    first = [torch.randn(256, 256, generator=generator) / 16, torch.randn(256, 256, generator=generator) / 16]
-    second = torch.randn(16, 256, generator=generator) / 16
-    weights = [nn.Parameter(torch.randn(shape, generator=generator) / 16) for shape in ((256, 256), (16, 256))]
-    inputs = torch.randn(1024, 256, generator=generator)
-    optimizer = VARIANTS[variant][2](weights, 1e-3)
+    made = TASKS[task](seed)
+    optimizer = VARIANTS[variant][2](made.weights, 1e-3)
     losses: dict[str, float] = {}
     for step in range(steps + 1):
-        if step == CHANGE:
-            sizes[1::2] = 0.1
-            first[0][:, 1::2] = first[1][:, 1::2] * 10  # as strong an influence as before, by smaller inputs
+        made.at(step)
         if step % max(1, steps // 40) == 0:
             with torch.no_grad():
-                losses[str(step)] = float(_error(inputs * sizes, weights, [first[0], second]))
-        x = torch.randn(64, 256, generator=generator) * sizes
-        loss = _error(x, weights, [first[0], second])
-        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                losses[str(step)] = float(made.error(made.held_out))
+        loss = made.error(torch.randn(64, 256, generator=made.generator))
+        for weight, gradient in zip(made.weights, torch.autograd.grad(loss, made.weights), strict=True):
             weight.grad = gradient
         _step(optimizer)
     return losses
 
 
-def _error(x: Tensor, weights: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    return (_network(x, weights) - _network(x, teacher)).square().mean()
+class _Task:
+    """Two layers of 256 and 16, to be learned from a network of the same shape."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sizes = torch.ones(256)
+        self.teacher = [torch.randn(256, 256, generator=self.generator) / 16]
+        self.later = torch.randn(256, 256, generator=self.generator) / 16
+        self.teacher.append(torch.randn(16, 256, generator=self.generator) / 16)
+        self.weights = [
+            nn.Parameter(torch.randn(shape, generator=self.generator) / 16) for shape in ((256, 256), (16, 256))
+        ]
+        self.held_out = torch.randn(1024, 256, generator=self.generator)
+
+    def at(self, step: int) -> None:
+        """The task as it is at this step."""
+        if step == CHANGE:
+            self.sizes[1::2] = 0.1
+            self.teacher[0][:, 1::2] = self.later[:, 1::2] * 10  # as strong an influence as before, by smaller inputs
+
+    def error(self, inputs: Tensor) -> Tensor:
+        x = inputs * self.sizes
+        return (_network(x, self.weights) - _network(x, self.teacher)).square().mean()
+
+
+class _Spread(_Task):
+    """Inputs of very different sizes, which do not change."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sizes = 10 ** (-2 * torch.rand(256, generator=self.generator))
+        self.teacher = [torch.randn(rows, 256, generator=self.generator) / 16 for rows in (256, 16)]
+        self.teacher[0] /= self.sizes.square().mean().sqrt()
+        start = torch.Generator().manual_seed(100 + seed)
+        self.weights = [nn.Parameter(torch.randn(shape, generator=start) / 16) for shape in ((256, 256), (16, 256))]
+        self.held_out = torch.randn(1024, 256, generator=self.generator)
+
+    def at(self, step: int) -> None:
+        """The same at all steps."""
+
+    def error(self, inputs: Tensor) -> Tensor:
+        x = inputs * self.sizes
+        return (_network(x / 0.1, self.weights) - _network(x, self.teacher)).square().mean()
+
+
+TASKS: dict[str, Callable[[int], _Task]] = {"change": _Task, "spread": _Spread}
 
 
 def _network(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -271,6 +308,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3000, help="of the states (default: %(default)s)")
     parser.add_argument("--curve-steps", type=int, default=4000, help="of the curves (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="of the curves (default: %(default)s)")
+    parser.add_argument("--task", choices=list(TASKS), default="change", help="of the curves (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", help="folder for the numbers and the picture")
     return parser.parse_args(arguments)

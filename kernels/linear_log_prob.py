@@ -16,7 +16,7 @@ Gradient, from those of log_prob (g), entropy (h) and logsumexp (l):
     dhidden = dx @ weight,  dweight = dxᵀ @ hidden,  dbias = Σ_rows dx
 As `linear_head.py` says, some rows at a time in the forward, and some columns at a time in the backward, which knows
 the softmax: there dx replaces the logits, and dhidden is summed over the parts in float32. Rows whose label is
-ignore_index are left out; their results are zeros and False. Kept for the backward are, beside the arguments, three
+ignore_index are left out; their results are zeros and False. Kept for the backward are, beside the arguments, four
 numbers a row.
 Bytes that must move: hidden and weight, twice, their gradients, and for each part 2 + 3 passes over the buffer.
 """
@@ -70,6 +70,7 @@ class SavedSoftmax(NamedTuple):
     maximum: Tensor
     total: Tensor
     entropy: Tensor | None
+    log_prob: Tensor
 
 
 def linear_log_prob_reference(
@@ -165,7 +166,9 @@ def linear_log_prob_forward(
     log_prob, entropy, logsumexp, is_top, maximum, total = _checked_and_run(
         hidden, weight, labels, bias, ignore_index, options, with_entropy
     )
-    return LogProbs(log_prob, entropy, logsumexp, is_top), SavedSoftmax(maximum, total, entropy)
+    # Copies: what is returned may be written to.
+    saved = SavedSoftmax(maximum, total, None if entropy is None else entropy.clone(), log_prob.clone())
+    return LogProbs(log_prob, entropy, logsumexp, is_top), saved
 
 
 @torch.no_grad()
@@ -208,7 +211,7 @@ def linear_log_prob_backward(
     gradients = _linear_log_prob_backward(
         *(None if gradient is None else gradient.reshape(-1) for gradient in (dlog_prob, dentropy, dlogsumexp)),
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1),
-        entropy, saved.maximum.reshape(-1), saved.total.reshape(-1),
+        entropy, saved.maximum.reshape(-1), saved.total.reshape(-1), saved.log_prob.reshape(-1),
         ignore_index, temperature, softcap, logit_scale, *wanted,
     )  # fmt: skip
     dhidden, dweight, dbias = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
@@ -268,7 +271,7 @@ def _empty_results(hidden: Tensor, labels: Tensor, with_entropy: bool) -> tuple[
 def _backward(
     compute: Callable[..., None], dlog_prob: Tensor | None, dentropy: Tensor | None, dlogsumexp: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    entropy: Tensor, maximum: Tensor, total: Tensor, ignore_index: int | None,
+    entropy: Tensor, maximum: Tensor, total: Tensor, log_prob: Tensor, ignore_index: int | None,
     temperature: float, softcap: float | None, logit_scale: float,
     want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -276,7 +279,7 @@ def _backward(
     rows = rows_that_count("linear_log_prob", hidden, weight, labels, ignore_index)
     of_rows = RowGradients._make(
         None if gradient is None else rows.take(gradient)
-        for gradient in _row_gradients(dlog_prob, dentropy, dlogsumexp, entropy, total)
+        for gradient in _row_gradients(dlog_prob, dentropy, dlogsumexp, entropy, log_prob)
     )
     maximum, total = rows.take(maximum), rows.take(total)
     options, parts = LogitOptions(temperature, softcap, logit_scale), parts_of_logits(some_columns, rows, weight)
@@ -288,17 +291,24 @@ def _backward(
 
 
 def _row_gradients(
-    dlog_prob: Tensor | None, dentropy: Tensor | None, dlogsumexp: Tensor | None, entropy: Tensor, total: Tensor
+    dlog_prob: Tensor | None, dentropy: Tensor | None, dlogsumexp: Tensor | None, entropy: Tensor, log_prob: Tensor
 ) -> RowGradients:
-    at_label, dentropy, dlogsumexp = (
-        None if gradient is None else gradient.to(total.dtype).contiguous()  # that of a sum has stride 0
+    """What is known of each row beside its logits.
+
+    The label's dz is g - p * g, nearly equal numbers where the model is sure of it. It is found from the forward's
+    log-probability: logits that are computed again, in parts of other shapes, may be rounded otherwise.
+    """
+    dlog_prob, dentropy, dlogsumexp = (
+        None if gradient is None else gradient.to(log_prob.dtype).contiguous()  # that of a sum has stride 0
         for gradient in (dlog_prob, dentropy, dlogsumexp)
     )
-    at_label = torch.zeros_like(total) if at_label is None else at_label
-    mass = -at_label if dlogsumexp is None else dlogsumexp - at_label
-    if dentropy is None:
-        return RowGradients(mass, at_label, None)
-    return RowGradients(mass - dentropy * entropy, at_label, -dentropy)
+    zeros = torch.zeros_like(log_prob)
+    dlog_prob, rest = (zeros if gradient is None else gradient for gradient in (dlog_prob, dlogsumexp))
+    mass, slope = rest - dlog_prob, None
+    if dentropy is not None:
+        mass, slope = mass - dentropy * entropy, -dentropy
+        rest = rest - dentropy * (entropy + log_prob)
+    return RowGradients(mass, log_prob.exp() * rest - torch.expm1(log_prob) * dlog_prob, slope)
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
@@ -326,7 +336,8 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *opti
 @op(
     "linear_log_prob_backward",
     schema=f"(Tensor? dlog_prob, Tensor? dentropy, Tensor? dlogsumexp, {_HEAD}, Tensor entropy, Tensor maximum, "
-    f"Tensor total, {_OPTIONS}, bool want_hidden, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)",
+    f"Tensor total, Tensor log_prob, {_OPTIONS}, bool want_hidden, bool want_weight, bool want_bias) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _linear_log_prob_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _backward(backward_rows, *args)
@@ -346,8 +357,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options, ctx.with_entropy = inputs[4:-1], inputs[-1]  # the first: ignore_index, and what is in LogitOptions
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
-    _, entropy, _, _, maximum, total = output
-    ctx.save_for_backward(*inputs[:4], entropy, maximum, total)
+    log_prob, entropy, _, _, maximum, total = output
+    # Copies: what is returned may be written to.
+    ctx.save_for_backward(*inputs[:4], entropy.detach().clone(), maximum, total, log_prob.detach().clone())
 
 
 def _differentiate(ctx, dlog_prob: Tensor | None, dentropy: Tensor | None, dlogsumexp: Tensor | None, *_: None):

@@ -47,7 +47,7 @@ class RowResults(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """A row's dz is p * (mass + slope * log p) + at_label * onehot(label)."""
+    """A row's dz is p * (mass + slope * log p), and at_label in its label's column."""
 
     mass: Tensor
     at_label: Tensor
@@ -146,7 +146,7 @@ def _log_prob_bwd_kernel(
         if HAS_SLOPE:
             weight += slope * (below - log_total)
         dz = p * weight
-        dz += tl.where(cols == label, at_label, 0.0)
+        dz = tl.where(cols == label, at_label, dz)
         if SOFTCAP is not None:
             dz *= tanh_slope(inner)
         tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < V)
@@ -206,8 +206,7 @@ def backward_rows(
 ) -> None:
     """In ATen calls, a few rows at a time so that the float32 copies stay in the cache: logits become dlogits."""
     num_rows, vocabulary = logits.shape
-    is_here = (labels >= 0) & (labels < vocabulary)
-    labels, at_labels = labels.where(is_here, 0), gradients.at_label.where(is_here, 0.0)
+    is_here = ((labels >= 0) & (labels < vocabulary)).unsqueeze(1)
     has_slope, has_cap = gradients.slope is not None, options.softcap is not None
     step = softmax_step(vocabulary, 1 + has_slope + has_cap)
     scratch = logits.new_empty(min(step, num_rows), vocabulary, dtype=compute_dtype(logits))
@@ -215,7 +214,7 @@ def backward_rows(
     scale = options.logit_scale / options.temperature
     for start in range(0, num_rows, step):
         block = slice(start, min(start + step, num_rows))
-        row_total, label = total[block].unsqueeze(1), labels[block].unsqueeze(1)
+        row_total, label = total[block].unsqueeze(1), labels[block].unsqueeze(1).where(is_here[block], 0)
         z = scratch[: block.stop - block.start].copy_(logits[block])
         if has_cap:
             tanh = torch.tanh(_scale_(z, options), out=tanh_scratch[: z.shape[0]])
@@ -223,14 +222,14 @@ def backward_rows(
         z.sub_(maximum[block].unsqueeze(1))
         if options.factor != 1.0:
             z.mul_(options.factor)
-        mass, at_label = (each[block].unsqueeze(1) * scale for each in (gradients.mass, at_labels))
+        mass, at_label = (each[block].unsqueeze(1) * scale for each in (gradients.mass, gradients.at_label))
         if gradients.slope is None:
             dz = z.exp_().mul_(mass / row_total)
         else:
             slope = gradients.slope[block].unsqueeze(1) * scale
             power = torch.exp(z, out=powers[: z.shape[0]])
             dz = z.sub_(row_total.log()).mul_(slope / row_total).add_(mass / row_total).mul_(power)
-        dz.scatter_add_(1, label, at_label)
+        dz.scatter_(1, label, at_label.where(is_here[block], dz[:, :1]))
         if has_cap:
             torch.ops.aten.tanh_backward.grad_input(dz, tanh, grad_input=dz)
         logits[block] = dz

@@ -79,7 +79,7 @@ def test_many_chunks(dtype: torch.dtype, ignored: float, with_entropy: bool, dev
 @entropy_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_options(dtype: torch.dtype, options: dict[str, float], with_entropy: bool, device: str) -> None:
-    hidden, weight, labels = inputs(60, 24, 107, dtype=dtype, device=device, ignored=0.4)
+    hidden, weight, labels = inputs(90, 24, 107, dtype=dtype, device=device, ignored=0.4)
     bias = torch.randn(107, device=device).to(dtype).requires_grad_()
     assert_accurate(hidden, weight, labels, bias=bias, with_entropy=with_entropy, **options)
 
@@ -352,6 +352,28 @@ def test_without_autograd(options: dict[str, float], with_entropy: bool, device:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("small_chunks")
+def test_rows_that_the_model_is_sure_of(dtype: torch.dtype, device: str) -> None:
+    """In parts of other shapes than the forward's, where logits may be rounded otherwise."""
+    hidden, weight, labels = inputs(40, 16, 300, dtype=dtype, device=device)
+    with torch.no_grad():
+        hidden.mul_(2.0)
+        labels[::2] = torch.nn.functional.linear(hidden, weight).argmax(-1)[::2]
+    assert_accurate(hidden, weight, labels, temperature=0.3, logit_scale=1.7)
+
+
+def test_results_that_are_written_to(device: str) -> None:
+    """Their gradients are those of the values before, as of eager code's, which keeps the softmax."""
+    hidden, weight, labels = inputs(12, 8, 20, dtype=torch.float32, device=device)
+    found = []
+    for change in (lambda value: value * 2, lambda value: value.mul_(2)):
+        log_prob, entropy, *_ = linear_log_prob(hidden, weight, labels, with_entropy=True)
+        assert entropy is not None
+        found.append(torch.autograd.grad((change(log_prob) + change(entropy)).sum(), (hidden, weight)))
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.usefixtures("small_chunks")
 def test_never_holds_the_logits(ignored: float, device: str, monkeypatch: Any) -> None:
@@ -386,7 +408,21 @@ def test_registration(with_entropy: bool, device: str) -> None:
     torch.library.opcheck(torch.ops.fxopt.linear_log_prob, (hidden, weight, bias, labels, -100, *options, with_entropy))
     rows = torch.rand(6, device=device)
     entropy = rows if with_entropy else rows.new_empty(0)
-    args = (hidden.detach(), weight.detach(), None, labels, entropy, rows, rows, None, *options, True, True, False)
+    args = (
+        hidden.detach(),
+        weight.detach(),
+        None,
+        labels,
+        entropy,
+        rows,
+        rows,
+        -rows,
+        None,
+        *options,
+        True,
+        True,
+        False,
+    )
     labels.clamp_(min=0)
     torch.library.opcheck(torch.ops.fxopt.linear_log_prob_backward, (rows, rows if with_entropy else None, None, *args))
 

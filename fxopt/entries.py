@@ -83,7 +83,18 @@ def replacement_of(entry: OptimizedForward) -> str:
     if is_optimized(innermost):
         outermost = getattr(forward, "func", forward)
         return f"wrapped by {_name_of(forward if is_optimized(outermost) else outermost)}"
-    return f"replaced by {_name_of(innermost)}"
+    # The innermost that is not the class's own, which a replacement may name as what it wraps.
+    own = _chain(type(entry.model).forward)
+    foreign = [each for each in _chain(forward) if getattr(each, "__func__", each) not in own]
+    return f"replaced by {_name_of((foreign or [innermost])[-1])}"
+
+
+def _chain(function: Any) -> list[Any]:
+    """A function, what it wraps, what that wraps, and so on."""
+    found = [getattr(function, "func", function)]
+    while (wrapped := getattr(found[-1], "__wrapped__", None)) is not None:
+        found.append(wrapped)
+    return found
 
 
 def _name_of(function: Any) -> str:

@@ -7,6 +7,7 @@ batch of the same rows; without and with buckets as gradients.
 import copy
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,8 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
 def summed(layers: nn.Module, x: Tensor, num_passes: int, is_hooked: bool, as_view: bool) -> Tensor:
     """The gradient (n,) that a step finds, in float64."""
     model = copy.deepcopy(layers)
-    opt = Optimizer(model.parameters())
-    if not is_hooked:
-        for parameter in model.parameters():
-            parameter._backward_hooks.clear()  # type: ignore[union-attr]
+    make: Any = Optimizer if is_hooked else torch.optim.SGD
+    opt = make(model.parameters())
     parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=as_view)
     for step in range(2):  # the second finds what the first has left behind
         if step:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,24 +69,29 @@ class _SavedTensors:
     def __init__(self, model: nn.Module):
         self._model = model
         self._base = f"{getattr(model, 'base_model_prefix', '')}."
+        self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] | None = None
         if (index := _file_beside(model, WEIGHTS_INDEX)) is not None:
             self._file_of = json.loads(index.read_text())["weight_map"]
 
     def find(self, name: str) -> Tensor | None:
         """The tensor that is loaded as `name`; a model without its head has no prefix in its names."""
-        from safetensors import safe_open
-
         for key in dict.fromkeys((name, name.removeprefix(self._base), self._base + name)):
             file = WEIGHTS_FILE if self._file_of is None else self._file_of.get(key)
-            path = None if file is None else _file_beside(self._model, file)
-            if path is None:
-                continue
-            with safe_open(path, framework="pt") as saved:
-                if key in saved.keys():  # noqa: SIM118 (no mapping)
-                    found: Tensor = saved.get_tensor(key)
-                    return found
+            saved = None if file is None else self._opened(file)
+            if saved is not None and key in saved.keys():  # noqa: SIM118 (no mapping)
+                found: Tensor = saved.get_tensor(key)
+                return found
         return None
+
+    def _opened(self, file: str) -> Any:
+        """A file of the checkpoint, looked for and opened once; None where there is none."""
+        if file not in self._open:
+            from safetensors import safe_open
+
+            path = _file_beside(self._model, file)
+            self._open[file] = None if path is None else safe_open(path, framework="pt")
+        return self._open[file]
 
 
 def _is_rounded_to(parameter: Tensor, saved: Tensor) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,23 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_USE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141  # exit codes; the last two as shells have them
 FILE_WIDTH = 160
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out what other libraries log. What keeps a graph from being captured is part of what is printed.
+
+    Whoever calls `main` from Python hears them again afterwards.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,10 +92,10 @@ _INSPECTIONS = {
 }
 
 
+@_quietly()
 def _inspect(options: argparse.Namespace) -> int:
     _check_sizes(options, "batch", "seq")
     _check_files(options, *_INSPECTIONS)
-    _quiet()
     from fxopt.api import inspect
     from fxopt.printing import progress_bar
 
@@ -211,10 +231,10 @@ def _add_plan(commands: Any) -> None:
     parser.set_defaults(run=_plan)
 
 
+@_quietly()
 def _plan(options: argparse.Namespace) -> int:
     _check_sizes(options, "batch", "seq", "devices", "accumulate")
     _check_files(options, "html", "json")
-    _quiet()
     from fxopt.planning.plan import POLICIES, plan
     from fxopt.printing import progress_bar
 
@@ -271,16 +291,6 @@ def _print(what: Any) -> None:
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would leave the program with 1, which says that something failed
-
-
-def _quiet() -> None:
-    """Leave out what other libraries log. What keeps a graph from being captured is part of what is printed."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The `fxopt` command: what it prints and writes, and its exit codes."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -18,20 +20,11 @@ def model(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def _loud():
-    """The command quiets what is logged; the tests after it want to hear it."""
-    import logging
-    import warnings
-
-    with warnings.catch_warnings():
-        yield
-    logging.disable(logging.NOTSET)
-
-
 def test_inspect_and_diff(model, tmp_path, capsys):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
+    filters = list(warnings.filters)
     assert main(["inspect", model, "--seq", "33", "--json", str(one), "--html", str(tmp_path / "one")]) == 0
+    assert logging.getLogger("fxopt").isEnabledFor(logging.WARNING) and warnings.filters == filters
     printed = capsys.readouterr().out
     assert "@@ transformers/models/llama/modeling_llama.py" in printed and "\nin all " in printed
     assert re.search(r"^-       activations\.py:\d+: return nn\.functional\.silu", printed, re.MULTILINE)

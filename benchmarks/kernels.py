@@ -46,6 +46,7 @@ FLOAT32 = getattr(tl, "float32", None)
 TILE = {"D": HIDDEN, "DTYPE": FLOAT32} | (row_tile(HIDDEN) if TRITON_DEVICES else {})
 NORM = TILE | {"EPS": 1e-6}
 WEIGHTED, UNWEIGHTED = (NORM | {"HAS_WEIGHT": has} for has in (True, False))
+INSIDE, OUTSIDE = (WEIGHTED | {"EPS_OUTSIDE": is_outside} for is_outside in (False, True))
 BOTH, NEITHER = ({"HAS_WEIGHT": has, "HAS_BIAS": has} for has in (True, False))
 SUMS = dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
 GLU = {"D": INTERMEDIATE, "BLOCK": glu.BLOCK, "DTYPE": FLOAT32}
@@ -64,10 +65,12 @@ OF_ROWS = {"labels_ptr": "*i64", "is_top_ptr": "*i8"} | {f"{name}_ptr": "*fp32" 
 
 # name -> kernel, constants, and pointers to another type than the tensors'
 KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
-    "rms_norm forward": (rms_norm._rms_norm_fwd_kernel, WEIGHTED, {}),
-    "rms_norm backward": (rms_norm._rms_norm_bwd_kernel, WEIGHTED, {"dweight_ptr": "*fp32"}),
-    "rms_norm without weight forward": (rms_norm._rms_norm_fwd_kernel, UNWEIGHTED, {}),
-    "rms_norm without weight backward": (rms_norm._rms_norm_bwd_kernel, UNWEIGHTED, {"dweight_ptr": "*fp32"}),
+    "rms_norm forward": (rms_norm._rms_norm_fwd_kernel, INSIDE, {}),
+    "rms_norm backward": (rms_norm._rms_norm_bwd_kernel, INSIDE, {"dweight_ptr": "*fp32"}),
+    "rms_norm without weight forward": (rms_norm._rms_norm_fwd_kernel, INSIDE | UNWEIGHTED, {}),
+    "rms_norm without weight backward": (rms_norm._rms_norm_bwd_kernel, INSIDE | UNWEIGHTED, {"dweight_ptr": "*fp32"}),
+    "rms_norm, epsilon outside, forward": (rms_norm._rms_norm_fwd_kernel, OUTSIDE, {}),
+    "rms_norm, epsilon outside, backward": (rms_norm._rms_norm_bwd_kernel, OUTSIDE, {"dweight_ptr": "*fp32"}),
     "add_rms_norm forward": (add_rms_norm._add_rms_norm_fwd_kernel, WEIGHTED, {}),
     "add_rms_norm backward": (add_rms_norm._add_rms_norm_bwd_kernel, WEIGHTED, {"dweight_ptr": "*fp32"}),
     "layer_norm forward": (layer_norm._layer_norm_fwd_kernel, NORM | BOTH, SUMS),

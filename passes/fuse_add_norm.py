@@ -15,6 +15,12 @@ from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
 
+def check_addition(x: fx.Node, residual: fx.Node) -> None:
+    require(isinstance(x, fx.Node) and isinstance(residual, fx.Node), "a number is added")
+    require(dtype_of(x) == dtype_of(residual), "the addends have different dtypes")
+    require(shape_of(x) == shape_of(residual), "the addition broadcasts")
+
+
 class FuseAddRMSNorm(Rule):
     """summed = x + residual; rms_norm(summed), where `summed` goes on as the next residual
 
@@ -22,22 +28,21 @@ class FuseAddRMSNorm(Rule):
     """
 
     @staticmethod
-    def pattern(x: Any, residual: Any, weight: Any, eps: Any) -> Any:
+    def pattern(x: Any, residual: Any, weight: Any, eps: Any, eps_outside: Any) -> Any:
         summed = x + residual
-        return summed, rms_norm(summed, weight, eps)
+        return summed, rms_norm(summed, weight, eps, eps_outside)
 
     @staticmethod
-    def check(x: fx.Node, residual: fx.Node) -> None:
-        require(isinstance(x, fx.Node) and isinstance(residual, fx.Node), "a number is added")
-        require(dtype_of(x) == dtype_of(residual), "the addends have different dtypes")
-        require(shape_of(x) == shape_of(residual), "the addition broadcasts")
+    def check(x: fx.Node, residual: fx.Node, eps_outside: bool) -> None:
+        check_addition(x, residual)
+        require(not eps_outside, "the norm's epsilon stands outside the root")
 
     @staticmethod
     def rewrite(x: Any, residual: Any, weight: Any, eps: Any) -> Any:
         return add_rms_norm(x, residual, weight, eps)
 
 
-class FuseAddLayerNorm(FuseAddRMSNorm):
+class FuseAddLayerNorm(Rule):
     """summed = x + residual; layer_norm(summed)
 
     Source: the pre-norm block of transformers GPT2Block.forward; the post-norm block of BartDecoderLayer.forward.
@@ -47,6 +52,8 @@ class FuseAddLayerNorm(FuseAddRMSNorm):
     def pattern(x: Any, residual: Any, weight: Any, bias: Any, eps: Any) -> Any:
         summed = x + residual
         return summed, layer_norm(summed, weight, bias, eps)
+
+    check = staticmethod(check_addition)
 
     @staticmethod
     def rewrite(x: Any, residual: Any, weight: Any, bias: Any, eps: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.kernels.layer_norm import layer_norm
+from fxopt.kernels.rms_norm import deviation_norm
 from fxopt.passes.fuse_rms_norm import check_norm
-from fxopt.rewrite.graph import shape_of
+from fxopt.rewrite.graph import cast, shape_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
 
@@ -103,6 +105,48 @@ class FuseVarianceAndMeanLayerNorm(FuseUnweightedLayerNorm):
         return ((h - both[1]) * torch.rsqrt(both[0] + eps)).to(dtype)
 
 
+class FuseDeviationLayerNorm(FuseUnweightedLayerNorm):
+    """((x - mean(x)) / (std(x) + eps)).to(dtype)
+
+    Source: modelling code outside transformers, as in The Annotated Transformer.
+    """
+
+    @staticmethod
+    def pattern(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
+        return ((h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + eps)).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
+        check_norm(x, eps, wide, dtype)
+        width = shape_of(x)[-1]
+        require(isinstance(width, int) and width > 1, f"{width} numbers have no standard deviation")
+
+    @staticmethod
+    def rewrite(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = cast(x, wide)
+        return cast(deviation_norm(operator.sub(h, torch.mean(h, -1, keepdim=True)), None, eps), dtype)
+
+
+class FuseScaledDeviationLayerNorm(FuseDeviationLayerNorm):
+    """(weight * (x - mean(x)) / (std(x) + eps)).to(dtype)"""
+
+    @staticmethod
+    def pattern(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
+        return (weight * (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + eps)).to(dtype)
+
+    @staticmethod
+    def check(x: fx.Node, weight: fx.Node, eps: Any, wide: torch.dtype, dtype: torch.dtype) -> None:
+        FuseDeviationLayerNorm.check(x, eps, wide, dtype)
+        require(shape_of(weight) == shape_of(x)[-1:], f"the weight {shape_of(weight)} does not cover the last axis")
+
+    @staticmethod
+    def rewrite(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = cast(x, wide)
+        return cast(deviation_norm(operator.sub(h, torch.mean(h, -1, keepdim=True)), weight, eps), dtype)
+
+
 FUSE_LAYER_NORM = rules_pass(
     "fuse_layer_norm",
     FuseLayerNorm,
@@ -110,4 +154,6 @@ FUSE_LAYER_NORM = rules_pass(
     FuseUnweightedLayerNorm,  # after the one that it is a part of
     FuseVarianceLayerNorm,
     FuseVarianceAndMeanLayerNorm,
+    FuseDeviationLayerNorm,
+    FuseScaledDeviationLayerNorm,
 )

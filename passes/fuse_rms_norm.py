@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxopt.kernels.rms_norm import l2_norm, rms_norm
+from fxopt.passes.recognize_functions import root_mean_square
 from fxopt.rewrite.graph import dtype_of, shape_of
 from fxopt.rewrite.match import Rule, require
 from fxopt.rewrite.pipeline import rules_pass
@@ -122,6 +123,57 @@ class FuseRoundedRMSNorm(FuseUnweightedRMSNorm):
         return x * torch.rsqrt(variance + eps).to(dtype)
 
 
+class FuseOuterEpsilonRMSNorm(FuseRMSNorm):
+    """weight * (x / (sqrt(mean(x²)) + eps)).to(dtype)
+
+    Source: the authors' RMSNorm, rmsnorm_torch.RMSNorm.forward.
+    """
+
+    @staticmethod
+    def pattern(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
+        return weight * (h / (root_mean_square(h) + eps)).to(dtype)
+
+    @staticmethod
+    def rewrite(x: Any, weight: Any, eps: Any) -> Any:
+        return rms_norm(x, weight, eps, True)
+
+
+class FuseOuterEpsilonFloat32WeightRMSNorm(FuseFloat32WeightRMSNorm):
+    """(weight * (x / (sqrt(mean(x²)) + eps))).to(dtype)"""
+
+    @staticmethod
+    def pattern(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
+        return (weight * (h / (root_mean_square(h) + eps))).to(dtype)
+
+    @staticmethod
+    def rewrite(x: Any, weight: Any, eps: Any) -> Any:
+        return rms_norm(x, weight, eps, True)
+
+
+class FuseOuterEpsilonScaledRMSNorm(FuseOuterEpsilonFloat32WeightRMSNorm):
+    """(weight * x / (sqrt(mean(x²)) + eps)).to(dtype)"""
+
+    @staticmethod
+    def pattern(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
+        return (weight * h / (root_mean_square(h) + eps)).to(dtype)
+
+
+class FuseOuterEpsilonUnweightedRMSNorm(FuseUnweightedRMSNorm):
+    """(x / (sqrt(mean(x²)) + eps)).to(dtype)"""
+
+    @staticmethod
+    def pattern(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
+        h = x.to(wide)
+        return (h / (root_mean_square(h) + eps)).to(dtype)
+
+    @staticmethod
+    def rewrite(x: Any, eps: Any) -> Any:
+        return rms_norm(x, None, eps, True)
+
+
 class FuseTorchRMSNorm(FuseRMSNorm):
     """torch.rms_norm(x, (D,), weight, eps)
 
@@ -147,5 +199,9 @@ FUSE_RMS_NORM = rules_pass(
     FuseUnweightedRMSNorm,  # after those that it is a part of
     FuseL2Norm,
     FuseRoundedRMSNorm,
+    FuseOuterEpsilonFloat32WeightRMSNorm,
+    FuseOuterEpsilonRMSNorm,
+    FuseOuterEpsilonScaledRMSNorm,
+    FuseOuterEpsilonUnweightedRMSNorm,
     FuseTorchRMSNorm,
 )

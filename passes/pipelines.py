@@ -12,6 +12,7 @@ from fxopt.passes.fuse_linear_log_prob import FUSE_LINEAR_LOG_PROB
 from fxopt.passes.fuse_relu_squared import FUSE_RELU_SQUARED
 from fxopt.passes.fuse_rms_norm import FUSE_RMS_NORM
 from fxopt.passes.fuse_rope import FUSE_ROPE
+from fxopt.passes.join_parts import JOIN_PARTS
 from fxopt.passes.recognize_functions import RECOGNIZE_FUNCTIONS
 from fxopt.passes.remove_casts import REMOVE_CASTS
 from fxopt.passes.restore_causal_attention import RESTORE_CAUSAL_ATTENTION
@@ -23,6 +24,7 @@ from fxopt.rewrite.pipeline import Pipeline
 EXACT = Pipeline(
     (
         CANONICALIZE,  # first: everything after it expects one spelling for each operation
+        JOIN_PARTS,  # before the fusions, which leave alone what is written to
         SEPARATE_LOGITS,  # before the loss is fused: the loss must be the only reader of its logits
         REMOVE_CASTS,  # before the fusions, whose patterns are written without redundant casts
         RECOGNIZE_FUNCTIONS,  # before the fusions, whose patterns call them

@@ -108,6 +108,62 @@ class RecognizeMean(Rule):
         return torch.mean(x, -1, keepdim=True)
 
 
+def root_mean_square(x: torch.Tensor) -> torch.Tensor:
+    """(..., D) -> (..., 1): sqrt(mean(x²)); at 0 its gradient is 0, as that of `torch.norm`."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+
+
+class RecognizeRootMeanSquare(Rule):
+    """sqrt(mean(x²))  →  root_mean_square(x), over the last axis"""
+
+    op = "root_mean_square"
+    nearly = 1.0
+    has_gradient_at_zero = False
+
+    @staticmethod
+    def pattern(x: Any) -> Any:
+        return torch.sqrt(torch.square(x).mean(-1, keepdim=True))
+
+    @staticmethod
+    def check(x: fx.Node) -> None:
+        require(value_of(x).is_floating_point() and isinstance(shape_of(x)[-1], int), "")
+
+    @staticmethod
+    def rewrite(x: Any) -> Any:
+        return root_mean_square(x)
+
+
+class RecognizeScaledNorm(RecognizeRootMeanSquare):
+    """norm(x) * D^-½  →  root_mean_square(x)
+
+    Source: the authors' RMSNorm, rmsnorm_torch.RMSNorm.forward.
+    """
+
+    has_gradient_at_zero = True
+
+    @staticmethod
+    def pattern(x: Any, factor: Any) -> Any:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True) * factor
+
+    @staticmethod
+    def check(x: fx.Node, factor: Any) -> None:
+        RecognizeRootMeanSquare.check(x)
+        check_numbers(factor=(factor, shape_of(x)[-1] ** -0.5))
+
+
+class RecognizeDividedNorm(RecognizeScaledNorm):
+    """norm(x) / √D  →  root_mean_square(x)"""
+
+    @staticmethod
+    def pattern(x: Any, root: Any) -> Any:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True) / root
+
+    @staticmethod
+    def check(x: fx.Node, root: Any) -> None:
+        RecognizeRootMeanSquare.check(x)
+        check_numbers(root=(root, shape_of(x)[-1] ** 0.5))
+
+
 class RecognizeSiLU(Rule):
     """x * sigmoid(x)  →  silu(x)"""
 
@@ -278,6 +334,9 @@ RECOGNIZE_FUNCTIONS = rules_pass(
     RecognizeOneByRoot,
     RecognizeReciprocalOfRoot,
     RecognizeMean,
+    RecognizeRootMeanSquare,
+    RecognizeScaledNorm,
+    RecognizeDividedNorm,
     RecognizeSiLU,
     RecognizeGELU,
     RecognizeGELUOfProduct,

@@ -73,6 +73,7 @@ class Rule:
     what the proof runs in, for an op that would treat its small tensors otherwise than those of the model.
     `keeps_nan` is whether NaN and infinity must show where they showed. `keeps_no_result` is whether the replacement's
     backward needs none of its results, so that code after it may write to them, as `loss += …` does.
+    `has_gradient_at_zero` is whether the original has one for inputs of zeros; sqrt(mean(x²)) has not.
     """
 
     pattern: ClassVar[Callable[..., Any]]
@@ -84,6 +85,7 @@ class Rule:
     examples: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(lambda: {})
     keeps_nan: ClassVar[bool] = True
     keeps_no_result: ClassVar[bool] = False
+    has_gradient_at_zero: ClassVar[bool] = True
     proof_context: ClassVar[Callable[[], AbstractContextManager[None]]] = staticmethod(nullcontext)
 
     def __init_subclass__(cls) -> None:

@@ -135,8 +135,10 @@ class _BothSides:
 def _prove_at(rewrite: Rewrite, sizes: Sizes) -> Proof:
     sampler, both = Sampler(rewrite, sizes), _BothSides(rewrite, sizes)
     errors: ErrorsOf = {}
+    at_zero = rewrite.match.rule.has_gradient_at_zero
+    magnitudes = [magnitude for magnitude in MAGNITUDES if magnitude or at_zero]
     for draw in draws(errors):
-        for magnitude in MAGNITUDES:
+        for magnitude in magnitudes:
             seen = both.evaluate(sampler.ordinary(magnitude, SEED + 2 * draw), seed=SEED + 2 * draw + 1)
             if reason := _why_another(seen):
                 return _failed(reason)
@@ -144,7 +146,7 @@ def _prove_at(rewrite: Rewrite, sizes: Sizes) -> Proof:
             if magnitude == 1.0 and draw == 0:
                 ordinary = seen
     reason = objection(errors)
-    num_inputs = (draw + 1) * len(MAGNITUDES)
+    num_inputs = (draw + 1) * len(magnitudes)
     for what, inputs in sampler.special(SEED, both.gradients(sampler.ordinary(1.0, SEED))) if not reason else ():
         num_inputs += 1
         if not_alike := _why_not_finite_alike(both.evaluate(inputs, seed=SEED + 1), ordinary):

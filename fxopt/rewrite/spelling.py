@@ -69,6 +69,7 @@ def spell_out(graph: fx.Graph) -> None:
             _spell_function(node)
             _spell_softmax(node)
             _spell_variance(node)
+            _spell_norm(node)
             _spell_sizes(node)
             _spell_transposition(node)
             _spell_flattening(node)
@@ -154,6 +155,19 @@ def _spell_variance(node: fx.Node) -> None:
     if is_variance and node.kwargs.get("correction") in (0, 1):
         options = {name: value for name, value in node.kwargs.items() if name != "correction"}
         node.kwargs = {**options, "unbiased": node.kwargs["correction"] == 1}
+
+
+def _spell_norm(node: fx.Node) -> None:
+    """`x.norm(2, dim=-1, keepdim=True)` becomes `torch.linalg.vector_norm(x, dim=-1, keepdim=True)`: over one axis."""
+    if node.target not in ("norm", torch.norm):
+        return
+    power, dim = argument_of(node, 1, "p", "fro"), argument_of(node, 2, "dim", None)
+    axes = dim if isinstance(dim, list | tuple) else (dim,)
+    is_plain = len(axes) == 1 and type(axes[0]) is int and argument_of(node, 4, "out", None) is None
+    if power in (None, "fro", 2) and is_plain and argument_of(node, 5, "dtype", None) is None:
+        keepdim = argument_of(node, 3, "keepdim", False)
+        node.op, node.target, node.args = "call_function", torch.linalg.vector_norm, node.args[:1]
+        node.kwargs = {"dim": axes[0], "keepdim": keepdim}
 
 
 def _spell_reciprocal_root(node: fx.Node) -> None:
@@ -255,9 +269,11 @@ def _spell_axis(node: fx.Node) -> None:
 
 def _spell_index(node: fx.Node) -> None:
     """`x[:, :, 0::2]` becomes `x[..., ::2]`, `x[:, :-1]` `x[..., :-1, :]`: whole axes before one go without saying."""
-    if node.target is not operator.getitem or not isinstance(node.args[1], tuple) or not node.args[1]:
+    if node.target not in (operator.getitem, operator.setitem):
         return
-    x, given = node.args
+    if not isinstance(node.args[1], tuple) or not node.args[1]:
+        return
+    x, given, *value = node.args
     assert isinstance(given, tuple)
     index: tuple[Any, ...] = tuple(
         slice(None, item.stop, item.step) if isinstance(item, slice) and item.start == 0 else item for item in given
@@ -268,7 +284,7 @@ def _spell_index(node: fx.Node) -> None:
         num_whole = next((axis for axis, item in enumerate(index) if item != slice(None)), tensor.ndim)
         if 0 < num_whole < tensor.ndim:
             index = (Ellipsis, *index[num_whole:])
-    node.args = (x, index)
+    node.args = (x, index, *value)
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:

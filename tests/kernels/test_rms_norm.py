@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.backend import compute_dtype
-from fxopt.kernels.rms_norm import l2_norm, rms_norm, rms_norm_reference
+from fxopt.kernels.rms_norm import deviation_norm, l2_norm, rms_norm, rms_norm_reference
 from tests.accuracy import assert_op_as_accurate
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -58,10 +58,40 @@ def test_l2_norm(dtype: torch.dtype, device: str) -> None:
     assert_op_as_accurate(l2_norm, reference, x, 1e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7,), (5, 3, 64), (33, 97)], ids=str)
+def test_epsilon_outside_the_root(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    x, weight = inputs(*shape, dtype=dtype, device=device)
+    assert_op_as_accurate(rms_norm, rms_norm_reference, x, weight, 0.1, True)
+    assert_op_as_accurate(rms_norm, rms_norm_reference, x, None, 0.1, True)
+
+
+def test_a_row_of_zeros_with_epsilon_outside_the_root(device: str) -> None:
+    """As `torch.norm`: of the root itself there is no gradient, and the row's is that of x / eps."""
+    x, weight = inputs(3, 8, dtype=torch.float32, device=device)
+    x = x.detach().index_fill(0, torch.tensor([1], device=device), 0.0).requires_grad_()
+    rms_norm(x, weight, 0.5, True).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad[1], weight.detach() / 0.5) and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deviation_norm(dtype: torch.dtype, has_weight: bool, device: str) -> None:
+    def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        h = x.to(compute_dtype(x))
+        h = (h / (h.std(-1, keepdim=True) + eps)).to(x.dtype)
+        return h if weight is None else (weight * h).to(x.dtype)
+
+    x, weight = inputs(40, 65, dtype=dtype, device=device)
+    centered = (x.detach() - x.detach().mean(-1, keepdim=True)).requires_grad_()
+    assert_op_as_accurate(deviation_norm, reference, centered, weight if has_weight else None, 1e-2)
+
+
 def test_gradients_in_float64(device: str) -> None:
     x, weight = inputs(3, 2, 9, dtype=torch.float64, device=device)
     torch.testing.assert_close(rms_norm(x, weight, EPS), rms_norm_reference(x, weight, EPS), rtol=1e-14, atol=1e-14)
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, EPS), (x, weight), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 0.3, True), (x, weight), fast_mode=True)
 
 
 def test_no_rows(device: str) -> None:
@@ -72,6 +102,7 @@ def test_no_rows(device: str) -> None:
 def test_registration(device: str) -> None:
     x, weight = inputs(4, 3, 16, dtype=torch.float32, device=device)
     torch.library.opcheck(torch.ops.fxopt.rms_norm, (x, weight, EPS))
+    torch.library.opcheck(torch.ops.fxopt.rms_norm, (x, weight, EPS, True))
     torch.library.opcheck(torch.ops.fxopt.rms_norm_backward, (x.detach(), x.detach(), weight.detach(), EPS))
 
 

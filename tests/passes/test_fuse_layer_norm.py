@@ -71,10 +71,18 @@ def with_var_mean(x):
     return (x - mean) * torch.rsqrt(variance + 1e-5)
 
 
+def in_float32(function):
+    return lambda x: function(x.float()).to(x.dtype)
+
+
+WEIGHT = torch.linspace(0.5, 1.5, 32)
 BY_HAND = {
     "over torch's deviation": lambda x: centered(x) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5),
     "over the root of the mean": lambda x: centered(x) / torch.sqrt(centered(x).pow(2).mean(-1, keepdim=True) + 1e-12),
     "variance and mean at once": with_var_mean,
+    "over a deviation and epsilon": lambda x: centered(x) / (x.std(-1, keepdim=True) + 1e-6),
+    "over a deviation and epsilon in float32": in_float32(lambda x: centered(x) / (x.std(-1, keepdim=True) + 1e-6)),
+    "weighted before the division": lambda x: WEIGHT.to(x.dtype) * centered(x) / (x.std(-1, keepdim=True) + 1e-6),
     "without correction": lambda x: centered(x) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-5),
 }  # fmt: skip
 
@@ -84,4 +92,4 @@ BY_HAND = {
 def test_layer_norm_written_by_hand(kind, dtype):
     torch.manual_seed(0)
     _, ops = proven(BY_HAND[kind], leaf(3, 7, 32, dtype=dtype))
-    assert ops[-1] == "layer_norm"
+    assert ops[-1] in ("layer_norm", "deviation_norm")

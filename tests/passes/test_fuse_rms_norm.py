@@ -118,12 +118,21 @@ def by_inverse(inverse):
     return normed
 
 
+def root(x):
+    return x.pow(2).mean(-1, keepdim=True).sqrt()
+
+
 BY_HAND = {
     "over the root": over_root,
     "one by the root": by_inverse(lambda variance: 1.0 / torch.sqrt(variance)),
     "the root's reciprocal": by_inverse(lambda variance: variance.sqrt().reciprocal()),
     "a sum by its count": lambda x, w: w * (x * torch.rsqrt((x.float() ** 2).sum(-1, True) / 32 + 1e-5)).to(x.dtype),
     "epsilon first": lambda x, w: w * (x.float() * torch.rsqrt(1e-5 + x.float().pow(2).mean(-1, True))).to(x.dtype),
+    "epsilon outside the root": lambda x, w: w * (x.float() / (root(x.float()) + 1e-5)).to(x.dtype),
+    "epsilon outside, the weight in float32": lambda x, w: (w * (x.float() / (root(x.float()) + 1e-5))).to(x.dtype),
+    "epsilon outside, the weight first": lambda x, w: w * x / (root(x) + 1e-5),
+    "epsilon outside a norm times a factor": lambda x, w: w * (x / (x.norm(2, dim=-1, keepdim=True) * 32**-0.5 + 1e-5)),
+    "epsilon outside a norm over a root": lambda x, w: w * (x / (torch.norm(x, dim=-1, keepdim=True) / 32**0.5 + 1e-5)),
     "without a cast": lambda x, w: x * torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + 1e-5) * w,
 }  # fmt: skip
 
@@ -133,7 +142,27 @@ BY_HAND = {
 def test_rms_norm_written_by_hand(kind, dtype):
     torch.manual_seed(0)
     graph, ops = proven(BY_HAND[kind], leaf(3, 7, 32, dtype=dtype), leaf(32, dtype=dtype))
-    assert ops[-1] == "rms_norm" and "rsqrt" not in targets(graph)
+    assert ops[-1] == "rms_norm" and not {"rsqrt", "root_mean_square"} & set(targets(graph))
+
+
+def test_a_norm_with_epsilon_outside_the_root_is_not_added_to():
+    def function(x, residual, w):
+        summed = x + residual
+        return summed, w * (summed / (root(summed) + 1e-5))
+
+    inputs = leaf(3, 7, 32, dtype=torch.float32), leaf(3, 7, 32, dtype=torch.float32), leaf(32, dtype=torch.float32)
+    assert optimized_targets(function, *inputs)[-1] == "rms_norm"
+    assert "stands outside the root" in near_misses(function, *inputs)[0].reason
+
+
+@pytest.mark.parametrize("factor", [1.0, 32.0**-0.4])
+def test_a_norm_by_another_factor_is_none_of_the_mean_square(factor):
+    def function(x, w):
+        return w * (x / (x.norm(2, dim=-1, keepdim=True) * factor + 1e-5))
+
+    assert "rms_norm" not in optimized_targets(
+        function, leaf(3, 32, dtype=torch.float32), leaf(32, dtype=torch.float32)
+    )
 
 
 def test_rms_norm_keeps_float64_inside():

@@ -132,13 +132,33 @@ def strided(x, cos, sin):
     return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2)
 
 
+def filled_in_halves(x, cos, sin):
+    out, half = torch.empty_like(x), x.shape[-1] // 2
+    out[..., :half] = x[..., :half] * cos - x[..., half:] * sin
+    out[..., half:] = x[..., half:] * cos + x[..., :half] * sin
+    return out
+
+
+def filled_in_turns(x, cos, sin):
+    out = x.new_zeros(x.shape)
+    out[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
+    out[..., 1::2] = x[..., 1::2] * cos + x[..., 0::2] * sin
+    return out
+
+
 def every_two(x, cos, sin):
     turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).reshape(x.shape)
     return x * cos.repeat_interleave(2, -1) + turned * sin.repeat_interleave(2, -1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("function", [in_chunks, in_slices, in_slices_forward, unbound, indexed, strided, every_two])
+@pytest.mark.parametrize(
+    "function",
+    [
+        in_chunks, in_slices, in_slices_forward, unbound, indexed, strided, every_two, filled_in_halves,
+        filled_in_turns,
+    ],
+)  # fmt: skip
 def test_rope_written_by_hand(function, dtype):
     torch.manual_seed(0)
     _, ops = proven(function, leaf(2, 9, 4, 16, dtype=dtype), *tables(9, 1, 8, dtype=dtype))

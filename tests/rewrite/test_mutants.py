@@ -24,7 +24,7 @@ from fxopt.kernels.rope import rope
 from fxopt.passes.canonicalize import CANONICALIZE
 from fxopt.passes.fuse_add_norm import FuseAddLayerNorm, FuseAddRMSNorm
 from fxopt.passes.fuse_glu import FuseClampedSwiGLU, FuseGeGLU, FuseReGLU, FuseSwiGLU
-from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM, FuseLayerNorm, FuseVarianceLayerNorm
+from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM, FuseDeviationLayerNorm, FuseLayerNorm, FuseVarianceLayerNorm
 from fxopt.passes.fuse_linear_cross_entropy import (
     FuseDividedLinearCrossEntropy,
     FuseLinearCrossEntropy,
@@ -52,6 +52,7 @@ from fxopt.passes.fuse_rms_norm import (
     FUSE_RMS_NORM,
     FuseFloat32WeightRMSNorm,
     FuseL2Norm,
+    FuseOuterEpsilonRMSNorm,
     FuseRMSNorm,
     FuseUnweightedRMSNorm,
 )
@@ -64,11 +65,13 @@ from fxopt.passes.fuse_rope import (
     FuseSlicedPairsRoPE,
 )
 from fxopt.passes.recognize_functions import (
+    RECOGNIZE_FUNCTIONS,
     RecognizeCrossEntropy,
     RecognizeGELU,
     RecognizeLinear,
     RecognizeMean,
     RecognizeReciprocalRoot,
+    RecognizeScaledNorm,
     RecognizeSiLU,
     RecognizeTanhGELU,
 )
@@ -108,6 +111,11 @@ def loss_inputs() -> list[torch.Tensor]:
 def rms(x: Any, eps: float = 1e-5) -> Any:
     h = x.to(torch.float32)
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def outer(x: Any) -> Any:
+    h = x.to(torch.float32)
+    return h / (h.norm(dim=-1, keepdim=True) * WIDTH**-0.5 + 1e-2)
 
 
 def variance_norm(x: Any) -> Any:
@@ -205,6 +213,9 @@ def rotated_complex(x: Any, rotation: Any) -> Any:
 # Each rule with code in which it applies, and that code's inputs.
 SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor]]]] = {
     FuseRMSNorm: (lambda x, weight: weight * rms(x).to(x.dtype), normed_inputs),
+    FuseOuterEpsilonRMSNorm: (lambda x, weight: weight * outer(x).to(x.dtype), normed_inputs),
+    RecognizeScaledNorm: (lambda x: x.norm(dim=-1, keepdim=True) * WIDTH**-0.5, lambda: normed_inputs()[:1]),
+    FuseDeviationLayerNorm: (lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-2), lambda: normed_inputs()[:1]),
     FuseFloat32WeightRMSNorm: (lambda x, weight: (weight * rms(x)).to(x.dtype), normed_inputs),
     FuseL2Norm: (
         lambda x: (x.float() * torch.rsqrt(x.float().pow(2).sum(-1, keepdim=True) + 1e-6)).to(x.dtype),
@@ -278,11 +289,20 @@ SITES: dict[type[Rule], tuple[Callable[..., Any], Callable[[], list[torch.Tensor
 
 
 # The rules that read what other passes put in.
-PASSES_BEFORE = {FuseAddRMSNorm: (FUSE_RMS_NORM,), FuseAddLayerNorm: (FUSE_LAYER_NORM,)}
+PASSES_BEFORE = {
+    FuseOuterEpsilonRMSNorm: (RECOGNIZE_FUNCTIONS,),
+    FuseAddRMSNorm: (FUSE_RMS_NORM,),
+    FuseAddLayerNorm: (FUSE_LAYER_NORM,),
+}
 
 # The mutants: what the rewrite should be, with one thing wrong.
 MUTANTS: list[tuple[type[Rule], str, Callable[..., Any]]] = [
     (FuseRMSNorm, "another epsilon", lambda x, weight, eps: rms_norm(x, weight, eps * 1.01)),
+    (FuseOuterEpsilonRMSNorm, "epsilon inside", lambda x, weight, eps: rms_norm(x, weight, eps)),
+    (FuseOuterEpsilonRMSNorm, "epsilon squared inside", lambda x, weight, eps: rms_norm(x, weight, eps * eps)),
+    (FuseOuterEpsilonRMSNorm, "another epsilon", lambda x, weight, eps: rms_norm(x, weight, eps * 1.01, True)),
+    (RecognizeScaledNorm, "NaN at zero", lambda x: torch.sqrt(torch.square(x).mean(-1, keepdim=True))),
+    (FuseDeviationLayerNorm, "the biased deviation", lambda x, eps: rms_norm(x - x.mean(-1, keepdim=True), None, eps, True)),
     (FuseRMSNorm, "no weight", lambda x, eps: rms_norm(x, None, eps)),
     (FuseRMSNorm, "one plus weight", lambda x, weight, eps: rms_norm(x, weight + 1, eps)),
     (FuseRMSNorm, "a percent too much", lambda x, weight, eps: rms_norm(x, weight, eps) * 1.01),

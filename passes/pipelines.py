@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxopt.passes.canonicalize import CANONICALIZE
 from fxopt.passes.cleanup import CLEANUP
 from fxopt.passes.fuse_add_norm import FUSE_ADD_NORM
+from fxopt.passes.fuse_embedding import FUSE_EMBEDDING
 from fxopt.passes.fuse_glu import FUSE_GLU
 from fxopt.passes.fuse_layer_norm import FUSE_LAYER_NORM
 from fxopt.passes.fuse_linear_cross_entropy import FUSE_LINEAR_CROSS_ENTROPY
@@ -28,6 +29,7 @@ EXACT = Pipeline(
         SEPARATE_LOGITS,  # before the loss is fused: the loss must be the only reader of its logits
         REMOVE_CASTS,  # before the fusions, whose patterns are written without redundant casts
         RECOGNIZE_FUNCTIONS,  # before the fusions, whose patterns call them
+        FUSE_EMBEDDING,
         FUSE_LAYER_NORM,  # before the next, which would find the norm of the centered rows in it
         FUSE_RMS_NORM,
         FUSE_ROPE,  # before the next, which would take the sum in it for a residual one

@@ -234,7 +234,8 @@ _WORKSPACE: dict[Any, Callable[..., int]] = {
     torch.ops.fxopt.linear_log_prob: linear_log_prob.workspace_bytes,
     torch.ops.fxopt.linear_log_prob_backward: linear_log_prob.backward_workspace_bytes,
 }
-_GATHERING = {aten.embedding, aten.index, aten.index_select, aten.gather}  # they read as much as they yield
+# They read as much as they yield.
+_GATHERING = {aten.embedding, aten.index, aten.index_select, aten.gather, torch.ops.fxopt.embedding}
 _FLOPS: dict[Any, Callable[..., Any]] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,

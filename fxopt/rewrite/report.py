@@ -161,7 +161,7 @@ class Report:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [Text(self._headline(), style="bold"), *self._circumstances()]
         if self.graphs:
-            parts.append(self._table())
+            parts += [self._table(), *self._gains()]
         parts += _reasons("near misses (not rewritten)", self.near_misses)
         parts += _reasons("refused by the proof", self.refused)
         parts += [Text(f"graph break at {reason}", style="dim") for reason in self.graph_breaks]
@@ -241,6 +241,21 @@ class Report:
             proof = f"{was:.1e} → {now:.1e}" if proofs else "computed"
             table.add_row(op, str(hits[op]), replaced, proof, sources.most_common(1)[0][0])
         return table
+
+    def _gains(self) -> list[RenderableType]:
+        """Which results became more accurate than the original's, by op: in its proofs, where the factor is largest."""
+        gains: dict[str, tuple[str, float, float]] = {}
+        for graph in self._latest():
+            for change in (change for record in graph.passes for change in record.outcome.changes):
+                gain = change.proof.gain if change.proof is not None else None
+                known = gains.get(change.op)
+                if gain is not None and (known is None or gain[1] / gain[2] > known[1] / known[2]):
+                    gains[change.op] = gain
+        if not gains:
+            return []
+        told = [f"{op}, {name}: {was:.1e} → {now:.1e}" for op, (name, was, now) in sorted(gains.items())]
+        lines = [Text("more accurate than the original code, against float64 on the proofs' samples:")]
+        return lines + [Text(f"  {line}", style="dim") for line in told]
 
     def _latest(self) -> list[GraphRecord]:
         """The graphs of each kind of call, each once."""

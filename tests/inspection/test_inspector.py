@@ -16,7 +16,7 @@ from benchmarks.tiny_causal_lms import batch_for, tiny_causal_lm, tiny_config
 from fxopt.inspection.diff import GraphDiff
 from fxopt.inspection.meter import Cost
 from fxopt.inspection.record import _portable
-from tests.tiny_models import LLAMA_HITS, SIZES, tiny_batch, tiny_llama
+from tests.tiny_models import LLAMA_HITS, LLAMA_HITS_IN_BF16, SIZES, tiny_batch, tiny_llama
 
 KINDS = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3")
 
@@ -64,11 +64,11 @@ def test_an_optimized_model_shows_the_calls_that_it_ran():
     assert [(graph.kind, graph.frame, graph.runs) for graph in diff.graphs] == [(0, 0, 1), (1, 1, 1)]
     attention = {"causal_attention", "grouped_query_attention", "interval_attention"}
     assert {name: count for name, count in diff.hits.items() if name not in attention} == {
-        name: 2 * count for name, count in LLAMA_HITS.items() if name not in attention
+        name: 2 * count for name, count in LLAMA_HITS_IN_BF16.items() if name not in attention
     }
     assert diff.hits["interval_attention"] == LLAMA_HITS["causal_attention"] == diff.hits["causal_attention"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert fxopt.report(model).hits == {**LLAMA_HITS, "interval_attention": 2}  # and the model is as it was
+    assert fxopt.report(model).hits == {**LLAMA_HITS_IN_BF16, "interval_attention": 2}  # and the model is as it was
     assert len(fxopt.report(model).graphs) == 2
 
 
@@ -79,7 +79,7 @@ def test_an_optimized_model_that_has_not_run():
 
 def test_a_model_that_is_not_optimized():
     model = tiny_llama()
-    assert fxopt.inspect(model, "bf16", sequence_length=17).hits == LLAMA_HITS
+    assert fxopt.inspect(model, "bf16", sequence_length=17).hits == LLAMA_HITS_IN_BF16
     assert model.dtype == torch.float32 and "forward" not in vars(model)
 
 

@@ -30,6 +30,8 @@ function shape(tag, attributes = {}, text = null) {
   return made;
 }
 
+// A name that may go on in the next line after each underscore.
+const breakable = (name) => name.split(/(?<=_)/).flatMap((part) => [part, element("wbr")]);
 const short = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
 const key = (...parts) => ["graphs", view.graph, ...parts].join(".");
 const sourceOf = (item) => (item.source === null ? null : graph.sources[item.source]);
@@ -216,7 +218,7 @@ function overview() {
     chart.append(bar);
   });
   const rows = graph.stages.map((stage, index) => element("tr", {},
-    element("td", {}, stage.name), element("td", {}, stage.num_rewrites ? shown(data, [key("stages", index, "num_rewrites")], "plain") : ""),
+    element("td", {}, ...breakable(stage.name)), element("td", {}, stage.num_rewrites ? shown(data, [key("stages", index, "num_rewrites")], "plain") : ""),
     element("td", {}, shown(data, metricKeys(name, index), format))));
   const notes = [];
   if (graph.not_measured) notes.push(element("p", { class: "note" }, `Costs are not known: ${graph.not_measured}`));

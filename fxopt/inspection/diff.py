@@ -39,7 +39,8 @@ class Node:
     """One call in a graph, at whatever stage it stands there.
 
     `name` is its name in the graph at the path `graph`: '' but for bodies of checkpoints and the like. `module` is the
-    path of the module whose forward it belongs to. `shape`, `dtype` and `size_bytes` are those of its result.
+    path of the module whose forward it belongs to. `shape`, `dtype` and `size_bytes` are those of its result; where it
+    has several, `results` has the dtype and shape of each, `size_bytes` is that of all, and `dtype` is ''.
     `operation` is spelled as the passes leave it, `spelled` as the model had it; `arguments` as the model had them.
     It stands in the stages from `made` to `removed`, which it does not stand in any more (None: it stays). `reads` says
     which nodes it reads, from which stage on. `before` and `after` are what it costs in the captured and in the last
@@ -64,10 +65,17 @@ class Node:
     reads: tuple[tuple[int, tuple[int, ...]], ...]
     before: Cost | None
     after: Cost | None
+    results: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Each result in words: `bfloat16[2, 33, 64]`. None where there is no tensor."""
+        results = ((self.dtype, self.shape),) if self.dtype else self.results
+        return tuple(f"{dtype}[{', '.join(map(str, shape))}]" for dtype, shape in results)
 
     @property
     def value(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]" if self.dtype else ""
+        return ", ".join(self.values)
 
     def reads_at(self, stage: int) -> tuple[int, ...]:
         """The nodes that this one reads at a stage."""

@@ -47,5 +47,5 @@ def shape_of_node(node: Node) -> Hashable:
     costs = tuple(tuple(vars(cost).values()) if cost is not None else None for cost in (node.before, node.after))
     return (
         node.operation, node.spelled, node.shape, node.dtype, node.source, without_index(node.module), node.made,
-        node.removed, node.made_by, node.removed_by, costs,
+        node.removed, node.made_by, node.removed_by, costs, node.results,
     )  # fmt: skip

@@ -237,6 +237,7 @@ class _Builder:
             reads=tuple(self._reads(key, standing)),
             before=self._cost(key, 0) if made == 0 else None,
             after=self._cost(key, -1) if removed is None else None,
+            results=row.results,
         )
 
     def _reads(self, key: Key, standing: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -289,7 +290,7 @@ class _Builder:
             in_place = {n for r in rewrites for n in r.removed if n in r.added}
             removed = [n for n in nodes if n.made == 0 and (n.removed is not None or n.id in in_place)]
             added = [n for n in nodes if n.removed is None and (n.made > 0 or n.id in in_place)]
-            if not removed and not added:
+            if not removed and not added and not rewrites:
                 continue  # came and went between two passes
             steps = {n.removed_by.step for n in nodes if n.removed_by} | {n.made_by.step for n in nodes if n.made_by}
             steps |= {r.step for r in rewrites}

@@ -12,7 +12,8 @@
       kind, frame     numbers: of the calls that are captured one by one, of the pieces of code
       stages          name, num_nodes, num_rewrites, elapsed_ms, cost, peak_bytes, peak_at; the first is "captured"
       nodes           the fields of `diff.Node`, `id` being the place in this list; `source` is an index into `sources`;
-                      made and removed are indices into `stages`
+                      made and removed are indices into `stages`; `results` is [[dtype, shape], …] of an operation with
+                      several results, whose own dtype is "", and else []
       before, after   node ids of the first and the last stage, in order
       aligned         [node before, node after, "same" | "rewritten" | "equal"]
       rewrites        the fields of `diff.Rewrite`; `removed` and `added` are node ids; `source` is `file.py:line: code`
@@ -29,7 +30,7 @@ Within version 1 fields are added and none is changed or dropped.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,9 @@ class _Reader:
 
 
 def _known(cls: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """The fields that `cls` has; those that a later fxopt added are passed over."""
-    return {field.name: data[field.name] for field in fields(cls)}
+    """The fields that `cls` has; those that a later fxopt added are passed over, and an earlier one lacks some."""
+    known = fields(cls)
+    return {field.name: data[field.name] for field in known if field.name in data or field.default is MISSING}
 
 
 def _tuples(value: Any) -> Any:

@@ -41,5 +41,8 @@ def _node(node: Node, stage: int) -> dict[str, Any]:
             for position, source in enumerate(node.reads_at(stage))
         ],
         "attrs": [{"key": key, "value": value} for key, value in attributes.items() if value],
-        "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": node.value}]}] if node.dtype else [],
+        "outputsMetadata": [
+            {"id": str(position), "attrs": [{"key": "tensor_shape", "value": value}]}
+            for position, value in enumerate(node.values)
+        ],
     }

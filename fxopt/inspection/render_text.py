@@ -16,6 +16,7 @@ from fxopt.inspection.numbers import change, in_bytes, in_count
 
 WIDTH = 140
 CODE = 88  # columns for a line of source
+MOST_VALUES = 4  # of an operation with several results; a checkpoint's body may have dozens
 MOST_MISSES = 12  # printed; `to_dict` has all
 
 
@@ -115,11 +116,13 @@ def _hunk(graph: Graph, hunks: list[Hunk]) -> Iterator[RenderableType]:
     for number in hunk.added:
         node = graph.nodes[number]
         if node.operation != "getitem":  # one of an op's several results
-            yield _line("+", "", f"{node.operation}({_shortened(node.arguments)})", node.value, node.after, "green")
+            yield _line("+", "", f"{node.operation}({_shortened(node.arguments)})", node.values, node.after, "green")
 
 
 def _facts(graph: Graph, hunk: Hunk, count: int) -> Iterator[str]:
     yield ", ".join(hunk.steps)
+    if len(hunk.rewrites) > 1:  # else there are as many as places
+        yield f"{count * len(hunk.rewrites)} rewrites"
     if hunk.before is not None and hunk.after is not None:
         yield f"launches {launches(hunk.before)} → {launches(hunk.after)}"
         yield f"moved {in_bytes(moved(hunk.before))} → {in_bytes(moved(hunk.after))}"
@@ -145,18 +148,24 @@ def _removed(source: Source | None, nodes: list[Node], beside: Source | None) ->
     costs = [node.before for node in nodes if node.before is not None]
     cost = sum(costs, Cost()) if costs else None
     if source is None:
-        return _line("-", "", ", ".join(node.spelled for node in nodes), nodes[-1].value, cost, "red")
+        return _line("-", "", ", ".join(node.spelled for node in nodes), nodes[-1].values, cost, "red")
     if beside is None or source.file != beside.file:
-        return _line("-", "", f"{source.place}: {source.code}", nodes[-1].value, cost, "red")
-    return _line("-", str(source.line), source.code, nodes[-1].value, cost, "red")
+        return _line("-", "", f"{source.place}: {source.code}", nodes[-1].values, cost, "red")
+    return _line("-", str(source.line), source.code, nodes[-1].values, cost, "red")
 
 
-def _line(sign: str, number: str, code: str, value: str, cost: Cost | None, style: str) -> Text:
+def _line(sign: str, number: str, code: str, values: tuple[str, ...], cost: Cost | None, style: str) -> Text:
+    """A line of code with its result; further results stand below the first."""
+    if len(values) > MOST_VALUES:
+        values = (*values[: MOST_VALUES - 1], f"and {len(values) - MOST_VALUES + 1} more results")
+    value, *further = values or ("",)
     text = Text(f"{sign} {number:>4}  ", style=style, no_wrap=True, overflow="ellipsis")
     text.append(f"{_shortened(code):<{CODE}} ", style=style)
     text.append(f"{value:<27}", style="dim")
     if cost is not None and cost.saved_bytes:
         text.append(f" keeps {in_bytes(cost.saved_bytes)}", style="dim")
+    for value in further:
+        text.append(f"\n{'':{len('-  164  ') + CODE + 1}}{value}", style="dim")
     return text
 
 

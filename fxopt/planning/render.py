@@ -87,6 +87,7 @@ def as_html(plan: Plan) -> str:
         NOTES="".join(f"<p class=note>{html.escape(note)}</p>" for note in plan.notes),
         KEY="".join(f'<span class="key {part}">{part}</span>' for part in columns),
         HEAD="".join(f"<th>{part}" for part in ("rows", *columns, "peak")),
+        LIMIT=f" The red line is the memory that there is, {in_bytes(plan.memory)}." if limit else "",
         ROWS="\n".join(_row(plan, row, columns, widest, limit) for row in plan.rows),
     )
 
@@ -99,10 +100,11 @@ def _row(plan: Plan, row: Row, columns: list[str], widest: int, limit: str) -> s
     )
     state = "chosen" if row == plan.recommended else "fits" if row.fits(plan.memory) else "too-large"
     checkpointing, gradients = handling(row)
-    numbers = "".join(
-        f"<td>{text}" for text in (row.batch_size, *(in_bytes(getattr(row, p)) for p in columns), in_bytes(row.peak))
-    )
+    # The names are shown where the table is too narrow for its head.
+    numbers = "".join(f"<td class=part data-name={part}>{in_bytes(getattr(row, part))}" for part in columns)
     return (
-        f'<tr class="{state}"><th scope=row>{html.escape(row.policy)}<td>{checkpointing}<td>{gradients}'
-        f"<td class=bar><div>{bar}{limit}</div>{numbers}<td class=place>{html.escape(row.place)}"
+        f'<tr class="{state}"><th scope=row>{html.escape(row.policy)}'
+        f"<td class=word data-name=checkpointing>{checkpointing}<td class=word data-name=gradients>{gradients}"
+        f"<td class=bar><div class=parts>{bar}{limit}</div><div class=place>{html.escape(row.place)}</div>"
+        f"<td data-name=rows>{row.batch_size}{numbers}<td class=peak>{in_bytes(row.peak)}"
     )

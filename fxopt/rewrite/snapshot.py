@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from fxopt.rewrite.graph import (
     SourceLine,
@@ -15,7 +17,7 @@ from fxopt.rewrite.graph import (
     readable_name,
     source_line,
     source_of,
-    tensor_of,
+    value_of,
 )
 from fxopt.rewrite.match import target_name
 
@@ -26,7 +28,8 @@ class NodeRow:
 
     `name` is unique among the nodes of one graph, whose path is `graph`, as long as the passes run. `inputs` names what
     it reads as the model does, `input_nodes` as the graph does. `shape` and `size_bytes` count a dynamic size as the
-    size that the graph was captured with. `rule` is the rule that put the node in, or ''.
+    size that the graph was captured with. `rule` is the rule that put the node in, or ''. Where the value is several
+    tensors, `results` has the dtype and shape of each and `size_bytes` is that of all; `dtype` and `shape` are empty.
     """
 
     name: str
@@ -43,6 +46,7 @@ class NodeRow:
     shape: tuple[int, ...] = ()
     dtype: str = ""
     source_line: SourceLine | None = None
+    results: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def snapshot(root: fx.GraphModule) -> tuple[NodeRow, ...]:
@@ -56,15 +60,16 @@ def snapshot(root: fx.GraphModule) -> tuple[NodeRow, ...]:
 
 
 def _row(node: fx.Node, graph: str) -> NodeRow:
-    value = tensor_of(node)
-    dtype = str(value.dtype).removeprefix("torch.") if value is not None else ""
-    shape = tuple(as_captured(length) or 0 for length in value.shape) if value is not None else ()
+    value = value_of(node)
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    results = tuple((_dtype(tensor), _shape(tensor)) for tensor in tensors)
+    dtype, shape = results[0] if isinstance(value, torch.Tensor) else ("", ())
     return NodeRow(
         name=node.name,
         operation=target_name(node),
         inputs=tuple(readable_name(source) for source in node.all_input_nodes),
-        value=f"{dtype}[{', '.join(map(str, value.shape))}]" if value is not None else "",
-        size_bytes=_size_bytes(value, shape) if value is not None else 0,
+        value=", ".join(f"{_dtype(tensor)}[{', '.join(map(str, tensor.shape))}]" for tensor in tensors),
+        size_bytes=sum(map(_size_bytes, tensors)),
         source=source_line(node),
         module=module_path(node),
         rule=str(node.meta.get("fxopt_rule", "")),
@@ -74,6 +79,7 @@ def _row(node: fx.Node, graph: str) -> NodeRow:
         shape=shape,
         dtype=dtype,
         source_line=source_of(node),
+        results=() if dtype else results,
     )
 
 
@@ -94,8 +100,13 @@ def _text(value: object) -> str:
     return repr(value)
 
 
-def _size_bytes(value: torch.Tensor, shape: tuple[int, ...]) -> int:
-    size = value.element_size()
-    for length in shape:
-        size *= length
-    return size
+def _dtype(value: torch.Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _shape(value: torch.Tensor) -> tuple[int, ...]:
+    return tuple(as_captured(length) or 0 for length in value.shape)
+
+
+def _size_bytes(value: torch.Tensor) -> int:
+    return math.prod(_shape(value), start=value.element_size())

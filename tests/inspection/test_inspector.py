@@ -31,6 +31,9 @@ def test_a_configuration_gives_the_rewrites_of_a_real_run(kind):
     assert found.hits == fxopt.report(model).hits
     assert all(graph.not_measured == "" for graph in found.graphs)
     assert_every_rewrite_leads_to_a_line_of_source(found)
+    for graph in found.graphs:  # every rewrite is in the list of what changed, and there once
+        assert sorted(number for hunk in graph.hunks for number in hunk.rewrites) == list(range(len(graph.rewrites)))
+        assert sum(stage.num_rewrites for stage in graph.stages) == len(graph.rewrites)
 
 
 def assert_every_rewrite_leads_to_a_line_of_source(found):

@@ -1,7 +1,6 @@
 """The page in a real browser: it loads, folds, filters, shows; its numbers are the JSON's; no name in it is run."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
@@ -16,12 +15,7 @@ from fxopt.inspection.diff import GraphDiff
 from fxopt.inspection.numbers import change, in_bytes, in_count, in_flops
 from tests.tiny_models import SIZES
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested through playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed; on Debian: apt install chromium"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.xdist_group("browser")
 
 HOSTILE = '</script><script>window.hacked = true</script><img src="x" onerror="window.hacked = true">&lt;b>${1}'
 FORMATS = {
@@ -32,14 +26,6 @@ FORMATS = {
     # JavaScript writes 4.2e-3 where Python writes 4.2e-03.
     "error": lambda number: f"{number:.1e}".replace("e-0", "e-").replace("e+0", "e+"),
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -79,6 +65,34 @@ def test_it_shows_the_model_and_what_changed(opened, diff):
     shown = {hunks[0].like for hunks in graph.folded_hunks() if hunks[0].rewrites}
     assert page.locator(".item").count() == len(shown)
     assert page.inner_text("#tab-rewrites") == f"rewrites {len(graph.rewrites)}"
+
+
+def test_the_list_adds_up_to_its_headline(opened, diff):
+    page = opened(diff)
+    (graph,) = diff.graphs
+    assert any(len(hunk.rewrites) > 1 for hunk in graph.hunks)  # of which the headline counts each
+    assert _listed(page) == int(page.inner_text("#tab-rewrites").split()[-1]) == len(graph.rewrites)
+    by_pass = page.locator("#passes .number").all_inner_texts()
+    assert sum(int(text) for text in by_pass if text) == len(graph.rewrites)
+    assert "2 rewrites in each of 3 places" in page.inner_text("#list")
+    page.fill("#search", "add_rms_norm")
+    assert 0 < _listed(page) == int(page.inner_text("#tab-rewrites").split()[-1]) < len(graph.rewrites)
+
+
+def _listed(page: Any) -> int:
+    return sum(int(text.removeprefix("× ")) for text in page.locator("#list .times").all_inner_texts())
+
+
+def test_an_operation_with_several_results_shows_each(opened, diff):
+    page = opened(diff)
+    page.locator(".item", has_text="add_rms_norm").first.click()
+    drawn = page.locator("#canvas .cell", has_text="add_rms_norm").first.text_content()
+    assert drawn.endswith("2 × bfloat16[2, 33, 64]")
+    page.locator("#details td button", has_text="add_rms_norm").first.click()
+    fact = page.locator("#details tr", has_text="2 results").locator("td.wide")
+    assert fact.inner_text().splitlines() == ["bfloat16[2, 33, 64]"] * 2
+    assert "33.8 kB" not in page.locator("#details tr", has_text="size").inner_text()  # that is 2 of float32
+    assert "16.9 kB" in page.locator("#details tr", has_text="size").inner_text()
 
 
 def test_each_graph_tells_its_call(opened, diff):
@@ -200,6 +214,67 @@ def test_in_a_narrow_window_a_click_shows_the_rewrite(opened, diff):
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
     page.locator(".item", has_text="swiglu").click()
     assert 0 <= page.locator("#details h3").bounding_box()["y"] < 700
+
+
+# In pixels of the page: boxes that a finger or an eye needs, and everything that sticks out of the window.
+LOOK = """() => {
+  const box = (e) => e.getBoundingClientRect();
+  const all = (s) => [...document.querySelectorAll(s)].filter((e) => box(e).width);
+  const named = (e) => e.id || e.textContent;
+  const hides = (e) => e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX !== "visible";
+  const clips = (e) => e && (hides(e) || clips(e.parentElement));
+  const sticksOut = (e) => box(e).left < 0 || box(e).right > innerWidth + 0.5;
+  const isSmall = (e) => box(e).height < 36 || box(e).width < 44;
+  return {
+    width: document.documentElement.scrollWidth,
+    cards: all(".card").map((e) => box(e).width),
+    canvas: box(document.getElementById("canvas")).toJSON(),
+    letters: 12 * view.zoom,
+    outside: all("[data-keys], .less, button, input, select, th, .times").filter(sticksOut).map(named),
+    clipped: all("[data-keys], .less, .times").filter(clips).map(named),
+    small: all("button, select, summary, input[type=search]").filter(isSmall).map(named),
+  };
+}"""
+
+
+@pytest.mark.parametrize("width", [360, 480, 500, 768, 1024, 1200, 1920])
+def test_everything_is_in_sight_and_large_enough(opened, diff, width):
+    (graph,) = diff.graphs
+    name = "an-organization/a-model-with-a-long-name-without-any-space-in-it-7B-instruct"
+    page = opened(replace(diff, model=name, graphs=(graph, replace(graph, call="evaluation, 1 × 40 tokens", runs=3))))
+    page.set_viewport_size({"width": width, "height": 740})
+    _looks_right(page, width)
+    page.click("#mode")  # two columns if there was one, and the other way round
+    _looks_right(page, width)
+    for kind in ("add_rms_norm", "grouped_query_attention"):
+        page.locator(".item", has_text=kind).first.click()
+        _looks_right(page, width)
+        page.locator("#details td button").last.click()
+        _looks_right(page, width)
+
+
+def _looks_right(page: Any, width: int) -> None:
+    found = _settled(page).evaluate(LOOK)
+    assert found["width"] <= width
+    assert found["outside"] == found["clipped"] == []
+    assert len(found["cards"]) == 7 and min(found["cards"]) >= (140 if width <= 768 else 80)
+    assert found["canvas"]["height"] >= 300 and found["canvas"]["width"] >= min(width, 360)
+    assert found["letters"] >= 9
+    if width <= 768:
+        assert found["small"] == []
+        assert found["canvas"]["width"] == width
+
+
+def test_the_drawing_follows_the_width_of_the_window(opened, diff):
+    page = opened(diff)
+    assert page.locator(".band").count() > 0
+    page.set_viewport_size({"width": 500, "height": 900})
+    assert _settled(page).locator(".band").count() == 0  # overlaid: two columns would be too small
+    assert page.inner_text("#mode") == "side by side"
+    page.click("#mode")
+    assert _settled(page).locator(".band").count() > 0
+    page.set_viewport_size({"width": 480, "height": 900})
+    assert _settled(page).locator(".band").count() > 0  # as it was asked for
 
 
 def test_a_rewrite_shows_its_source_proof_and_bytes(opened, diff):

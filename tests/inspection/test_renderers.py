@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from fxopt.inspection.diff import GraphDiff
 from fxopt.inspection.numbers import change, in_bytes, in_flops
 from fxopt.inspection.render_html import inert
 from fxopt.inspection.render_json import load
+from fxopt.inspection.render_text import WIDTH
 
 pytestmark = pytest.mark.xdist_group("inspection")
 
@@ -40,8 +42,11 @@ def test_json_of_a_later_fxopt(diff: GraphDiff, tmp_path):
     assert load(path) == diff
     for name in ("call", "runs"):  # which version 1 has not had from the start
         graph.pop(name)
+    for node in graph["nodes"]:
+        node.pop("results")
     path.write_text(json.dumps(data))
-    assert [(graph.call, graph.runs) for graph in load(path).graphs] == [("", 1)]
+    (earlier,) = load(path).graphs
+    assert (earlier.call, earlier.runs, {node.results for node in earlier.nodes}) == ("", 1, {()})
     path.write_text(json.dumps({**data, "version": 2}))
     with pytest.raises(ValueError, match="update fxopt"):
         load(path)
@@ -90,6 +95,40 @@ def test_text_reads_like_a_diff_of_the_model_s_source(diff: GraphDiff):
     (graph,) = diff.graphs
     assert any("captured" in line and str(graph.stages[0].num_nodes) in line.split() for line in lines)
     assert in_bytes(graph.stages[-1].peak_bytes) in text
+
+
+def test_the_places_in_the_text_have_as_many_rewrites_as_its_total(diff: GraphDiff):
+    text = str(diff)
+    (graph,) = diff.graphs
+    listed = 0
+    for place in re.findall(r"^@@ .*\n.*$", text, re.MULTILINE):
+        times = re.search(r"@@ .* @@ .*? × (\d+)$", place, re.MULTILINE)
+        several = re.search(r"; (\d+) rewrites;", place)
+        listed += int(several[1]) if several else int(times[1]) if times else 1
+    assert listed == len(graph.rewrites) > sum(bool(hunk.rewrites) for hunk in graph.hunks)
+    assert re.search(rf"^in all +{listed} ", text, re.MULTILINE)
+
+
+def test_each_result_of_an_operation_is_told(diff: GraphDiff, tmp_path):
+    (graph,) = diff.graphs
+    number, node = next((n.id, n) for n in graph.nodes if n.operation == "add_rms_norm")
+    assert node.values == ("bfloat16[2, 33, 64]",) * 2 and node.size_bytes == 2 * 2 * 33 * 64 * 2
+    lines = str(diff).splitlines()
+    (place, *_) = (place for place, line in enumerate(lines) if "add_rms_norm(" in line)
+    assert lines[place].index(node.values[0]) == lines[place + 1].index(node.values[1])
+    collection = json.loads(diff.save(tmp_path / "a.model-explorer.json").read_text())
+    outputs = next(n for n in collection[0]["graphs"][1]["nodes"] if n["id"] == str(number))["outputsMetadata"]
+    assert [(output["id"], output["attrs"][0]["value"]) for output in outputs] == list(
+        zip("01", node.values, strict=True)
+    )
+
+
+def test_dozens_of_results_are_told_by_the_first(diff: GraphDiff):
+    (graph,) = diff.graphs
+    nodes = tuple(replace(n, results=(("int8", (7,)),) * 30) if len(n.results) == 2 else n for n in graph.nodes)
+    text = str(replace(diff, graphs=(replace(graph, nodes=nodes),)))
+    assert "and 27 more results" in text
+    assert max(map(len, text.splitlines())) <= WIDTH
 
 
 def test_graphml(diff: GraphDiff, tmp_path):

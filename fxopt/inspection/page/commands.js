@@ -10,7 +10,7 @@ function unfold() {
 
 function overlay() {
   view.overlaid = !view.overlaid;
-  $("mode").textContent = view.overlaid ? "side by side" : "overlay";
+  view.modeIsChosen = true;
   redraw();
   home();
 }
@@ -82,7 +82,9 @@ function start() {
   for (const tab of ["rewrites", "misses"]) $(`tab-${tab}`).addEventListener("click", () => { view.tab = tab; fillList(); });
   listenToCanvas();
   listenToKeys();
-  addEventListener("resize", () => { drawn = null; draw(); });
+  addEventListener("resize", resized);
+  // Where panels stand below each other, what is seldom needed does not push the rest away.
+  $("pass-panel").open = getComputedStyle(document.querySelector("main")).display === "grid";
   const sizes = data.graphs.map((one) => one.rewrites.length);
   choosesGraph(sizes.indexOf(Math.max(...sizes))); // the one with most to see
 }

@@ -2,8 +2,27 @@
 
 // Where everything stands: rows of two cells, before and after, under a header for each layer.
 
-const ROW = 24, HEAD = 34, MODULE = 20, GAP = 8, WIDTH = 380, MIDDLE = 120, MARGIN = 74;
-const LEFT_X = MARGIN, RIGHT_X = MARGIN + WIDTH + MIDDLE, TOTAL = RIGHT_X + WIDTH + MARGIN;
+const ROW = 24, HEAD = 34, MODULE = 20, GAP = 8;
+const LETTER = 7.25, BOLD_LETTER = 7.8, SMALL_LETTER = 6.4; // how wide the drawing's fonts are, or a little more
+
+// Where the two cells of a row stand, in as much space as the drawing has; in one column where it is overlaid.
+const columns = { margin: 74, width: 380, left: 74, right: 574, total: 1028 };
+
+function fitColumns(space, overlaid) {
+  const between = (least, value, most) => Math.max(least, Math.min(value, most));
+  if (overlaid) {
+    columns.margin = between(20, (space - 380) / 2, 74);
+    columns.width = between(260, space - 2 * columns.margin, 380);
+    columns.left = columns.right = columns.margin;
+  } else {
+    const roomy = between(0, (space - 640) / 388, 1), middle = 64 + 56 * roomy;
+    columns.margin = 40 + 34 * roomy;
+    columns.width = between(304, (space - 2 * columns.margin - middle) / 2, 380); // narrower, names would be cut
+    columns.left = columns.margin;
+    columns.right = columns.margin + columns.width + middle;
+  }
+  columns.total = columns.right + columns.width + columns.margin;
+}
 
 function kindOf(node) {
   if (node.made === 0) return node.removed === null ? "stays" : "gone";

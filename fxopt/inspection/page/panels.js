@@ -5,7 +5,7 @@ const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 
 const view = {
-  graph: 0, open: new Set(), unfolded: false, overlaid: false, hidden: new Set(), query: "", tab: "rewrites",
+  graph: 0, open: new Set(), unfolded: false, overlaid: false, modeIsChosen: false, fitted: true, hidden: new Set(), query: "", tab: "rewrites",
   chosen: null, metric: "saved_bytes", x: 0, y: 0, zoom: 1,
 };
 let graph, layout, drawn = null;
@@ -30,10 +30,12 @@ function shape(tag, attributes = {}, text = null) {
   return made;
 }
 
+// A name that may go on in the next line after each underscore.
+const breakable = (name) => name.split(/(?<=_)/).flatMap((part) => [part, element("wbr")]);
 const short = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
 const key = (...parts) => ["graphs", view.graph, ...parts].join(".");
 const sourceOf = (item) => (item.source === null ? null : graph.sources[item.source]);
-const valueOf = (node) => (node.dtype ? `${node.dtype}[${node.shape.join(", ")}]` : "");
+const valuesOf = (node) => (node.dtype ? [[node.dtype, node.shape]] : node.results).map(([dtype, sizes]) => `${dtype}[${sizes.join(", ")}]`);
 const measured = () => graph.stages[0].cost !== null;
 const stepsWithRewrites = () => graph.stages.filter((stage) => stage.num_rewrites).map((stage) => stage.name);
 const colorOf = (step) => { const index = stepsWithRewrites().indexOf(step); return index < 0 ? "" : `p${index % 10}`; };
@@ -65,6 +67,15 @@ function metricKeys(name, stage) {
 
 function metric(name, stage) {
   return metricKeys(name, stage).reduce((sum, path) => sum + at(data, path), 0);
+}
+
+function valueInShort(node) {
+  const values = valuesOf(node), alike = values.length > 1 && new Set(values).size === 1;
+  return alike ? `${values.length} × ${values[0]}` : values.join(", ");
+}
+
+function valueLines(node) {
+  return valuesOf(node).map((value) => element("div", {}, value));
 }
 
 // The head: what changed in all, a number at a time --------------------------------------------------------------------
@@ -154,20 +165,25 @@ function visibleMisses() {
 function fillList() {
   const hunks = visibleHunks(), misses = visibleMisses();
   for (const tab of ["rewrites", "misses"]) $(`tab-${tab}`).setAttribute("aria-selected", view.tab === tab);
-  $("tab-rewrites").textContent = `rewrites ${hunks.flat().reduce((sum, hunk) => sum + hunk.rewrites.length, 0)}`;
+  $("tab-rewrites").textContent = `rewrites ${hunks.reduce((sum, group) => sum + rewritesIn(group), 0)}`;
   $("tab-misses").textContent = `left alone ${misses.reduce((sum, group) => sum + group.length, 0)}`;
   const items = view.tab === "rewrites" ? hunks.map(hunkItem) : misses.map(missItem);
   const nothing = view.tab === "rewrites" ? "no rewrite is shown" : "nothing was nearly rewritten, and no proof failed";
   $("list").replaceChildren(...(items.length ? items : [element("p", { class: "empty" }, nothing)]));
 }
 
+// Those of equal hunks; one hunk has several where rewrites build on each other.
+const rewritesIn = (hunks) => hunks.length * hunks[0].rewrites.length;
+
 function hunkItem(hunks) {
-  const hunk = hunks[0], source = sourceOf(hunk);
+  const hunk = hunks[0], source = sourceOf(hunk), each = hunk.rewrites.length;
+  const where = hunks.length === 1 ? "one place" : `${hunks.length} places`;
   const current = view.chosen?.kind === "hunk" && graph.hunks[view.chosen.index].like === hunk.like;
   return element("button", {
     class: `item ${colorOf(stepOf(hunk))}`, "aria-current": current, "data-hunk": hunk.index, onclick: () => choose("hunk", hunk.index, true),
-  }, element("div", { class: "top" }, element("span", {}, titleOf(hunk)), element("span", { class: "times" }, `× ${hunks.length}`)),
-  element("div", { class: "under" }, source ? `${source.function}, ${placeOf(source)}` : hunk.module || "the call"));
+  }, element("div", { class: "top" }, element("span", {}, titleOf(hunk)), element("span", { class: "times" }, `× ${rewritesIn(hunks)}`)),
+  element("div", { class: "under" }, source ? `${source.function}, ${placeOf(source)}` : hunk.module || "the call"),
+  ...(each > 1 ? [element("div", { class: "each" }, `${each} rewrites in ${hunks.length > 1 ? "each of " : ""}${where}`)] : []));
 }
 
 function missItem(indices) {
@@ -194,7 +210,7 @@ function overview() {
   const name = view.metric === "nodes" || measured() ? view.metric : "nodes";
   const [title, , format] = METRICS[name];
   const most = Math.max(1, ...graph.stages.map((_, index) => metric(name, index))), step = 360 / graph.stages.length;
-  const chart = shape("svg", { class: "chart", viewBox: "0 0 360 96", role: "img", "aria-label": `${title}, pass by pass` });
+  const chart = shape("svg", { class: "chart", viewBox: "0 0 360 96", preserveAspectRatio: "none", role: "img", "aria-label": `${title}, pass by pass` });
   graph.stages.forEach((stage, index) => {
     const height = (90 * metric(name, index)) / most;
     const bar = shape("rect", { x: index * step + 1, y: 96 - height, width: step - 3, height, rx: 2, class: index ? colorOf(stage.name) || "first" : "first" });
@@ -202,7 +218,7 @@ function overview() {
     chart.append(bar);
   });
   const rows = graph.stages.map((stage, index) => element("tr", {},
-    element("td", {}, stage.name), element("td", {}, stage.num_rewrites ? shown(data, [key("stages", index, "num_rewrites")], "plain") : ""),
+    element("td", {}, ...breakable(stage.name)), element("td", {}, stage.num_rewrites ? shown(data, [key("stages", index, "num_rewrites")], "plain") : ""),
     element("td", {}, shown(data, metricKeys(name, index), format))));
   const notes = [];
   if (graph.not_measured) notes.push(element("p", { class: "note" }, `Costs are not known: ${graph.not_measured}`));
@@ -211,7 +227,7 @@ function overview() {
   const last = graph.stages.at(-1);
   const peak = measured() ? [element("p", { class: "under" }, `The peak is at ${last.peak_at}, and was at ${graph.stages[0].peak_at}.`)] : [];
   return [element("h3", {}, title), element("p", { class: "under" }, "as it was captured, and after each pass"), chart,
-    element("table", {}, element("tr", {}, element("th", {}, "pass"), element("th", {}, "rewrites"), element("th", {}, title)), ...rows),
+    element("table", { class: "by-pass" }, element("tr", {}, element("th", {}, "pass"), element("th", {}, "rewrites"), element("th", {}, title)), ...rows),
     ...peak, ...notes, element("h2", {}, "made with"),
     element("p", { class: "under" }, Object.entries(data.conditions.versions).map((pair) => pair.join(" ")).join(", "))];
 }
@@ -267,15 +283,16 @@ function costTable(path, ...sides) {
 }
 
 function nodeTable(nodes, sign) {
-  return element("table", {}, ...nodes.map((node) => element("tr", {}, element("td", {}, sign),
-    element("td", { class: "wide mono" }, element("button", { class: "mono", onclick: () => choose("node", node.id, false) }, sign === "−" ? node.spelled : node.operation)),
-    element("td", { class: "mono value" }, valueOf(node)), element("td", {}, shown(data, [key("nodes", node.id, "size_bytes")], "bytes")))));
+  return element("table", { class: "nodes" }, ...nodes.map((node) => element("tr", {}, element("td", {}, sign),
+    element("td", { class: "wide mono" }, element("div", { class: "apart" },
+      element("button", { class: "mono", onclick: () => choose("node", node.id, false) }, sign === "−" ? node.spelled : node.operation),
+      element("div", { class: "value" }, ...valueLines(node)))), element("td", {}, shown(data, [key("nodes", node.id, "size_bytes")], "bytes")))));
 }
 
 function nodeDetails(index) {
   const node = graph.nodes[index], source = sourceOf(node), sides = ["before", "after"].filter((side) => node[side] !== null);
   const origin = (one) => `${one.step}${one.rule ? `, ${one.rule}` : ""}`;
-  const facts = [["result", valueOf(node)], ["arguments", node.arguments], ["module", node.module || "the call"], ["name", node.name]];
+  const facts = [[node.results.length ? `${node.results.length} results` : "result", ...valueLines(node)], ["arguments", node.arguments], ["module", node.module || "the call"], ["name", node.name]];
   if (node.graph) facts.push(["inside", node.graph]);
   if (node.spelled !== node.operation) facts.push(["written as", node.spelled]);
   if (node.made_by) facts.push(["made by", origin(node.made_by)]);
@@ -283,7 +300,7 @@ function nodeDetails(index) {
   const hunk = hunkOf(index);
   return [element("h3", {}, node.operation), element("p", { class: "under" }, source ? `${source.file}:${source.line} in ${source.function}` : "no source line"),
     ...(source ? [element("div", { class: "code" }, element("div", {}, element("span", {}, ""), element("span", { class: "number" }, String(source.line)), element("span", {}, source.code)))] : []),
-    element("h2", {}, "what it is"), element("table", {}, ...facts.map(([name, text]) => element("tr", {}, element("td", {}, name), element("td", { class: "wide mono" }, text))),
+    element("h2", {}, "what it is"), element("table", {}, ...facts.map(([name, ...text]) => element("tr", {}, element("td", {}, name), element("td", { class: "wide mono" }, ...text))),
       element("tr", {}, element("td", {}, "size"), element("td", { class: "wide" }, shown(data, [key("nodes", index, "size_bytes")], "bytes")))),
     ...(sides.length ? [element("h2", {}, costOfOne()), costTable(["nodes", index], ...sides)] : []),
     ...(hunk?.rewrites.length ? [element("h2", {}, "part of"), element("button", { onclick: () => choose("hunk", hunk.index, false) }, titleOf(hunk))] : [])];
@@ -308,8 +325,8 @@ function choose(kind, index, reveal) {
   fillDetails();
   redraw();
   document.querySelector('.item[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
-  const isOutOfSight = $("details").getBoundingClientRect().top > innerHeight - 80; // in a window so narrow that it stands below
-  if (kind !== null && isOutOfSight) $("right").scrollIntoView({ block: "start" });
+  const top = $("details").getBoundingClientRect().top; // in a window so narrow that it stands below, it may be out of sight
+  if (kind !== null && (top < 0 || top > innerHeight / 2) && getComputedStyle(document.querySelector("main")).display !== "grid") $("right").scrollIntoView({ block: "start" });
 }
 
 // Open the layer that a node stands in, or the one that stands for it, and bring the node into sight.

@@ -342,6 +342,8 @@ def test_detect_anomaly_refuses_no_rule():
             model(**tiny_batch()).loss.backward()
             assert torch.is_anomaly_enabled()
     assert fxopt.report(model).hits == LLAMA_HITS_IN_BF16 and not fxopt.report(model).refused
+    assert "more accurate than the original code" in str(fxopt.report(model))
+    assert "embedding, gradient of weight" in str(fxopt.report(model))
 
 
 def test_a_call_that_trains_and_is_not_covered_is_told(caplog):

@@ -40,7 +40,7 @@ class Proof:
     """The outcome of a proof: the reason why it fails, or '', and the largest errors on inputs of ordinary size.
 
     Errors are against float64, relative to the largest element of the value that has them. `gain` is the value that
-    became more accurate by the largest factor, if by two at least, with the root mean square of its error before and
+    became more accurate by the largest factor, if by a half at least, with the root mean square of its error before and
     after, relative to its own.
     """
 
@@ -190,14 +190,13 @@ def _proof_of(errors: ErrorsOf, reason: str, num_inputs: int) -> Proof:
     ordinary = [(norm, kept) for (_, norm, magnitude), kept in errors.items() if magnitude in (0.0, 1.0)]
     shown = [kept for norm, kept in ordinary if norm == "largest"]
     means = [(kept.name, kept.original, kept.replacement) for norm, kept in ordinary if norm == "mean"]
+    gains = [(name, was, now) for name, was, now in means if was >= 1.5 * now > 0.0]
     return Proof(
         reason=reason,
         original_error=max((kept.original for kept in shown), default=0.0),
         replacement_error=max((kept.replacement for kept in shown), default=0.0),
         num_inputs=num_inputs,
-        gain=max(
-            (each for each in means if each[1] >= 2 * each[2] > 0.0), key=lambda each: each[1] / each[2], default=None
-        ),
+        gain=max(gains, key=lambda gain: gain[1] / gain[2], default=None),
     )
 
 

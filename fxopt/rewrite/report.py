@@ -254,8 +254,8 @@ class Report:
         if not gains:
             return []
         told = [f"{op}, {name}: {was:.1e} → {now:.1e}" for op, (name, was, now) in sorted(gains.items())]
-        lines = [Text("more accurate than the original code, against float64 on the proofs' samples:")]
-        return lines + [Text(f"  {line}", style="dim") for line in told]
+        title = Text("more accurate than the original code, against float64 on the proofs' samples:")
+        return [title, *(Text(f"  {line}", style="dim") for line in told)]
 
     def _latest(self) -> list[GraphRecord]:
         """The graphs of each kind of call, each once."""

@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fxopt.passes.pipelines import EXACT
+from fxopt.rewrite.prove import Prover
+from tests.captured_graphs import captured
 from tests.passes.rewriting import leaf, near_misses, optimized_targets, proven
 
 IDS = torch.tensor([[3, 1, 3, 3, 0], [3, 2, 3, 5, 5]])
@@ -49,3 +52,11 @@ def test_what_gains_nothing_is_left_alone(case):
 def test_declined(options, reason):
     (miss,) = near_misses(lambda ids, w: F.embedding(ids, w, **options), IDS, leaf(7, 16, dtype=torch.bfloat16))
     assert reason in miss.reason
+
+
+def test_the_proof_says_what_is_gained():
+    graph = captured(lambda ids, w: F.embedding(ids, w), IDS.repeat(1, 20), leaf(7, 16, dtype=torch.bfloat16))
+    (change,) = [change for record in EXACT.run(graph, Prover()) for change in record.outcome.changes]
+    assert change.proof is not None and change.proof.gain is not None
+    name, was, now = change.proof.gain
+    assert name == "gradient of weight" and was > 1.5 * now

@@ -59,6 +59,15 @@ if INTERPRETED:
             op.register_kernel("cpu")(op.kernels["cuda"])
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the interpreter, which is slow: a kernel treats both two-byte dtypes alike, and bfloat16 stands for them."""
+    if INTERPRETED:
+        dtypes = {item: getattr(item, "callspec", None) and item.callspec.params.get("dtype") for item in items}
+        left_out = [item for item in items if dtypes[item] == torch.float16 or item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -83,6 +83,7 @@ def test_options_on_one_row(reduction: str, options: dict[str, float], device: s
 
 
 @each_option
+@pytest.mark.slow  # in the interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_options_on_a_large_vocabulary(dtype: torch.dtype, options: dict[str, float], device: str) -> None:
     """More columns than a Triton program holds at a time, and not a multiple of them."""

@@ -18,6 +18,7 @@ from fxopt.kernels.linear_log_prob import (
     linear_log_prob_reference,
 )
 from tests.accuracy import assert_op_as_accurate, outputs_and_gradients
+from tests.kernels.conftest import INTERPRETED
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ALL_OPTIONS = {"temperature": 0.7, "softcap": 2.0, "logit_scale": 1.5}
@@ -76,7 +77,7 @@ def test_many_chunks(dtype: torch.dtype, ignored: float, with_entropy: bool, dev
 
 
 @each_option
-@entropy_or_not
+@pytest.mark.parametrize("with_entropy", [True] if INTERPRETED else [False, True], ids=str)  # with it is all of it
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_options(dtype: torch.dtype, options: dict[str, float], with_entropy: bool, device: str) -> None:
     hidden, weight, labels = inputs(90, 24, 107, dtype=dtype, device=device, ignored=0.4)
@@ -94,6 +95,7 @@ def test_options_on_one_row(options: dict[str, float], device: str) -> None:
 
 
 @each_option
+@pytest.mark.slow  # in the interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_options_on_a_large_vocabulary(dtype: torch.dtype, options: dict[str, float], device: str) -> None:
     """More columns than a Triton program holds at a time, and not a multiple of them."""

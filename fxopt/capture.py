@@ -38,6 +38,7 @@ from fxopt.error_lines import in_a_line
 from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
+from fxopt.precision.accumulation import AccumulatedGradients
 from fxopt.precision.adapters import prepare_dora, warn_about_torchao_layers
 from fxopt.precision.boundaries import has_boundaries
 from fxopt.progress import announced
@@ -101,6 +102,7 @@ class Optimization:
         self.settings = settings
         self.report = Report(model, settings.policy)
         self.prover = Prover() if settings.prove else None
+        self.gradients = AccumulatedGradients()  # until an optimizer of fxopt's takes that over
         self.kinds: dict[Hashable, int] = {}  # the number of each kind of call, in the report
         self.calls: list[CapturedCall] = []  # one of each kind
 
@@ -225,6 +227,7 @@ class OptimizedForward:
         state = ModelState(self.model) if is_first else None
         if is_first and not again:
             self.optimization.calls.append(_without_values(captured, self.model.training, self.name))
+            self.optimization.gradients.attach_unclaimed(self.model.parameters())
             prepare_dora(self.model)
             warn_about_torchao_layers(self.model)
         try:

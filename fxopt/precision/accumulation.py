@@ -14,7 +14,7 @@ Bytes moved: 10 per element and addition (grad and residual both ways, the gradi
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,8 @@ class _Residual:
 
 
 class AccumulatedGradients:
-    """Sums the gradients of an optimizer's bfloat16 parameters. Belongs to one optimizer, which attaches it.
+    """Sums the gradients of bfloat16 parameters. Belongs to an optimizer, which attaches it; until there is one of
+    fxopt's, to the optimized model.
 
     Nothing is held, and nothing but a look at `.grad` is done, where a step has one backward pass. Copied or pickled
     with its optimizer, it is attached to the parameters anew. What FSDP2 shards, FSDP2 sums: in its `reduce_dtype`.
@@ -55,6 +56,18 @@ class AccumulatedGradients:
         self.parameters = tuple(parameters)
         for number, parameter in enumerate(parameters):
             self._attach(number, parameter)
+
+    def attach_unclaimed(self, parameters: Iterable[Tensor]) -> None:
+        """Hooks those bfloat16 parameters whose gradients nobody sums yet.
+
+        Without an optimizer that says when a sum begins, it begins where `.grad` is None or was changed.
+        """
+        for parameter in parameters:
+            hooks: Any = parameter._backward_hooks or {}
+            claimed = any(isinstance(hook, _Hook) and hook.owner() is not None for hook in hooks.values())
+            if parameter.dtype == torch.bfloat16 and parameter.is_leaf and not claimed:
+                self.parameters += (parameter,)
+                self._attach(len(self.parameters) - 1, parameter)
 
     def start_over(self) -> None:
         """The next gradient of each parameter begins a new sum.

@@ -439,3 +439,34 @@ def test_two_processes_without_synchronization(tmp_path: Path) -> None:
     assert len(lines) == 4
     for hooked, of_sum, of_one_batch in lines:
         assert (float(of_sum) <= BOUND * float(of_one_batch)) == (hooked == "True"), lines
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.SGD steps")
+def test_an_optimized_model_sums_before_it_has_an_optimizer(llama: LlamaForCausalLM, rows: Tensor) -> None:
+    """In a loop with an optimizer of torch's, or with none so far; and each of two models by itself."""
+    model = fxopt.optimize(llama, "bf16")
+    exact, bound = allowed(fxopt.restore(copy.deepcopy(model)), rows)
+    for each in (model, copy.deepcopy(model)):
+        for _ in range(2):
+            each.zero_grad()
+            plain(each, torch.optim.SGD(each.parameters(), lr=0.0), rows, Path())
+            assert error(in_one(parameter.grad for parameter in each.parameters()), exact) <= bound
+        each.zero_grad(set_to_none=False)
+        plain(each, torch.optim.SGD(each.parameters(), lr=0.0), rows, Path())
+        assert error(in_one(parameter.grad for parameter in each.parameters()), exact) <= bound
+
+
+def test_the_optimizer_takes_over(llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    model = fxopt.optimize(llama, "bf16")
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    first = optimizer(model, lr=1e-3)
+    for parameter in model.parameters():
+        (hook,) = parameter._backward_hooks.values()  # type: ignore[union-attr]
+        assert hook.owner() is first._accumulated
+    model.eval()  # a call of another kind
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    hooks: Any = [p._backward_hooks for p in model.parameters()]
+    assert all(hook.owner() is first._accumulated for each in hooks for hook in each.values())
+    del first
+    gc.collect()
+    model(input_ids=tokens[:1], labels=tokens[:1]).loss.backward()

@@ -16,6 +16,7 @@ from fxopt.precision.gradient_clipping import ClipBy, GradientClipping
 from fxopt.precision.optimizer_kinds import RULES, Item, Kind
 from fxopt.precision.param_group import (
     by_precision,
+    check_memory,
     check_options,
     check_parameter,
     check_usable,
@@ -183,6 +184,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             for group in by_precision({**self.defaults, **param_group}, param_group):
                 self._add_one_group(group)
+            check_memory(self.param_groups)
         except Exception:
             del self.param_groups[before:]
             raise

@@ -94,6 +94,26 @@ def require_values(name: str, parameter: Tensor) -> None:
         )
 
 
+def check_memory(groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError where two parameters lie in the same memory: each update would be made twice.
+
+    So are tied weights after `load_state_dict(…, assign=True)`, which gives each of their names a parameter of its own.
+    """
+    known: dict[tuple[Any, ...], str] = {}
+    for group in groups:
+        for place, parameter in enumerate(group["params"]):
+            if type(parameter) not in (Tensor, torch.nn.Parameter) or parameter.numel() == 0:
+                continue
+            memory = (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride())
+            name = name_of(group, place)
+            if parameter.requires_grad and parameter.data_ptr() and memory in known:
+                raise ValueError(
+                    f"{name} lies in the same memory as {known[memory]}, and each update would be made twice: tie them "
+                    "(model.tie_weights(), or module.weight = other.weight) before the optimizer is made"
+                )
+            known[memory] = name
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raises ValueError for an option that is out of range or of another type, by its name, with what it takes."""
     for option, value, right, takes in (

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_cosin
 import fxopt
 from fxopt.precision.annotate import annotate
 from fxopt.precision.optimizer import Optimizer, optimizer
+from tests.tiny_models import tiny_llama
 from tests.training import assert_same_parameters
 
 Train = Callable[[int], list[float]]
@@ -372,3 +373,18 @@ def test_an_option_out_of_range_is_refused(option: str, value: object) -> None:
 def test_an_unknown_role_is_refused(llama: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match=r"no_decay='nrom': .*roles: norm, embedding"):
         optimizer(llama, no_decay="nrom")
+
+
+def test_two_parameters_in_one_memory_are_refused() -> None:
+    """`assign=True` gives each name of a tied weight a parameter of its own, and each would be updated."""
+    model = tiny_llama(tie_word_embeddings=True)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"'lm_head.weight' lies in the same memory as .*embed_tokens.*tie_weights"):
+        fxopt.optimizer(model, lr=1e-3)
+    model.tie_weights()
+    fxopt.optimizer(model, lr=1e-3)
+    frozen = tiny_llama(tie_word_embeddings=True)
+    frozen.load_state_dict(frozen.state_dict(), assign=True)
+    frozen.lm_head.requires_grad_(False)
+    fxopt.optimizer(frozen, lr=1e-3)

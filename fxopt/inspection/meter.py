@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-import fxopt.kernels.interval_attention  # noqa: F401 — it registers its op
+import fxopt.kernels.embedding
+import fxopt.kernels.interval_attention  # noqa: F401 — they register their ops
 from fxopt.inspection.live_memory import LiveMemory
 from fxopt.inspection.repetition import Key
 from fxopt.kernels import linear_cross_entropy, linear_log_prob

@@ -38,7 +38,7 @@ from fxopt.error_lines import in_a_line
 from fxopt.model_state import ModelState
 from fxopt.passes.pipelines import EXACT
 from fxopt.passes.separate_logits import deferred
-from fxopt.precision.accumulation import AccumulatedGradients
+from fxopt.precision.accumulation import UnsteppedGradients
 from fxopt.precision.adapters import prepare_dora, warn_about_torchao_layers
 from fxopt.precision.boundaries import has_boundaries
 from fxopt.progress import announced
@@ -102,7 +102,7 @@ class Optimization:
         self.settings = settings
         self.report = Report(model, settings.policy)
         self.prover = Prover() if settings.prove else None
-        self.gradients = AccumulatedGradients()  # until an optimizer of fxopt's takes that over
+        self.gradients = UnsteppedGradients()  # until an optimizer of fxopt's takes that over
         self.kinds: dict[Hashable, int] = {}  # the number of each kind of call, in the report
         self.calls: list[CapturedCall] = []  # one of each kind
 
@@ -221,13 +221,12 @@ class OptimizedForward:
         `again`: the original forward has just installed hooks, and the model is what it was before that call otherwise.
         """
         known_breaks = len(torch._dynamo.utils.graph_break_reasons)
-        is_first = kind not in self._compiled
+        is_first, known_graphs = kind not in self._compiled, len(self.report.graphs)
         self._graphs_run.clear()
         # A first call may fail after some of its graphs have run: then the next attempt starts where this one did.
         state = ModelState(self.model) if is_first else None
         if is_first and not again:
             self.optimization.calls.append(_without_values(captured, self.model.training, self.name))
-            self.optimization.gradients.attach_unclaimed(self.model.parameters())
             prepare_dora(self.model)
             warn_about_torchao_layers(self.model)
         try:
@@ -259,6 +258,8 @@ class OptimizedForward:
             self._count_fallback(TOO_MANY)
         else:
             self.report.note_call(self.name, number, self._graphs_run)
+        if len(self.report.graphs) > known_graphs:  # other parameters may be trained, or in bfloat16, than before
+            self.optimization.gradients.attach_to(self.model)
         self._note_graph_breaks(known_breaks)
         return outputs
 

@@ -42,7 +42,10 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
 
 @op("embedding")
 def _embedding(ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
-    return F.embedding(ids, weight)
+    # Not F.embedding: its result is a view of rows, and what an op returns as a view may not be written to.
+    y = weight.new_empty(*ids.shape, weight.shape[-1])
+    torch.index_select(weight, 0, ids.reshape(-1), out=y.view(ids.numel(), weight.shape[-1]))
+    return y
 
 
 @_embedding.register_fake

@@ -127,14 +127,16 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
 
 
 @cheap_result()
-def deviation_norm(centered: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """centered / (std(centered) + eps) * weight, differentiable once; otherwise as `rms_norm`.
+def deviation_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """(x - mean(x)) / (std(x) + eps) * weight, differentiable once; otherwise as `rms_norm`.
 
-    `centered` is x less its mean, D > 1 numbers a row, and its standard deviation that of a sample, over D - 1.
+    The standard deviation is that of a sample, over D - 1, and D > 1.
     """
-    D = centered.shape[-1]
+    D = x.shape[-1]
+    centered = x - x.mean(-1, keepdim=True)
+    centered = centered - centered.mean(-1, keepdim=True)  # a row of one number is its mean but for a rounding
     shrunk = (1 - 1 / D) ** 0.5  # what the root of the mean square is of the deviation
-    factor = centered.new_full((D,), shrunk, dtype=compute_dtype(centered))
+    factor = x.new_full((D,), shrunk, dtype=compute_dtype(x))
     return rms_norm(centered, factor if weight is None else weight * factor, eps * shrunk, True)
 
 

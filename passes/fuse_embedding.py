@@ -33,6 +33,7 @@ class FuseEmbedding(Rule):
         value = value_of(weight)
         is_concerned = value.device.type == "cpu" and value.element_size() == 2 and value.requires_grad
         require(is_concerned and not is_traceable_wrapper_subclass(value), "")
+        require(value.shape[-1] > 0, "")
         require(max_norm is None, "max_norm shortens the rows in place")
         require(not by_frequency, "the gradient is scaled by each token's frequency")
         require(not sparse, "the gradient is sparse")

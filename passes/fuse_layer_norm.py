@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -124,8 +123,7 @@ class FuseDeviationLayerNorm(FuseUnweightedLayerNorm):
 
     @staticmethod
     def rewrite(x: Any, eps: Any, wide: Any, dtype: Any) -> Any:
-        h = cast(x, wide)
-        return cast(deviation_norm(operator.sub(h, torch.mean(h, -1, keepdim=True)), None, eps), dtype)
+        return cast(deviation_norm(cast(x, wide), None, eps), dtype)
 
 
 class FuseScaledDeviationLayerNorm(FuseDeviationLayerNorm):
@@ -143,8 +141,7 @@ class FuseScaledDeviationLayerNorm(FuseDeviationLayerNorm):
 
     @staticmethod
     def rewrite(x: Any, weight: Any, eps: Any, wide: Any, dtype: Any) -> Any:
-        h = cast(x, wide)
-        return cast(deviation_norm(operator.sub(h, torch.mean(h, -1, keepdim=True)), weight, eps), dtype)
+        return cast(deviation_norm(cast(x, wide), weight, eps), dtype)
 
 
 FUSE_LAYER_NORM = rules_pass(

@@ -4,6 +4,7 @@
     y = torch.empty_like(x); y[..., ::2] = a; y[..., 1::2] = b    →  torch.stack((a, b), -1).flatten(-2)
     y = torch.empty(…, 2); y[..., 0] = a; y[..., 1] = b           →  torch.stack((a, b), -1)
 
+Along the last axis alone, and not where the graph switches autocast on, under which `cat` and `stack` choose a dtype.
 Rotary embeddings outside transformers are written so. Autograd then has one node instead of a copy of slices a part.
 """
 
@@ -37,9 +38,14 @@ Parts = dict[Any, fx.Node]  # of the last axis: a slice as (start, stop, step), 
 
 def join_parts(graph: fx.Graph) -> None:
     """Join what is written to a new tensor, wherever it covers the last axis and nobody looks before the last write."""
+    if any(getattr(node.target, "__name__", "") == "_enter_autocast" for node in graph.nodes):
+        return
     written = storages_written(graph)
     for new in list(graph.nodes):
         if new.op not in ("call_function", "call_method") or target_name(new) not in NEW:
+            continue
+        value = tensor_of(new)
+        if value is None or (value.element_size() == 2 and torch.is_autocast_enabled(value.device.type)):
             continue
         writes = [node for storage in storages_of(new) for node in written.get(storage, ())]
         parts = _parts(new, writes)
@@ -53,6 +59,7 @@ def _parts(new: fx.Node, writes: list[fx.Node]) -> Parts:
     """What each part of the last axis is written with; nothing where a write is another one."""
     parts: Parts = {}
     *rows, whole = shape_of(new) or (None,)
+    device = getattr(tensor_of(new), "device", None)
     for write in writes:
         if write.target is not operator.setitem or write.args[0] is not new or not isinstance(whole, int):
             return {}
@@ -70,7 +77,15 @@ def _parts(new: fx.Node, writes: list[fx.Node]) -> Parts:
         else:
             return {}
         # As text, since comparing dynamic sizes would guard them. A value of another shape is broadcast.
-        if key in parts or tensor_of(value) is None or [*map(str, shape_of(value))] != [*map(str, wanted)]:
+        tensor = tensor_of(value)
+        if (
+            tensor is None
+            or tensor.device != device
+            or key in parts
+            or [*map(str, tensor.shape)] != [*map(str, wanted)]
+        ):
+            return {}
+        if key in parts:
             return {}
         parts[key] = value
     return parts
@@ -117,6 +132,8 @@ def _put_in_place(new: fx.Node, writes: list[fx.Node], join: Callable[[fx.Graph,
     start = last.prev
     with graph.inserting_before(last):
         joined = join(graph, new)
+        if any(user.op == "output" for user in new.users):  # outside it may be written to, which not every view may be
+            joined = graph.call_method("clone", (joined,))
     added = [joined]
     while (node := added[-1].prev) is not start:
         added.append(node)

@@ -126,7 +126,8 @@ class RecognizeRootMeanSquare(Rule):
 
     @staticmethod
     def check(x: fx.Node) -> None:
-        require(value_of(x).is_floating_point() and isinstance(shape_of(x)[-1], int), "")
+        width = shape_of(x)[-1]
+        require(value_of(x).is_floating_point() and isinstance(width, int) and width > 0, "")
 
     @staticmethod
     def rewrite(x: Any) -> Any:

@@ -102,16 +102,15 @@ def check_memory(groups: list[dict[str, Any]]) -> None:
     known: dict[tuple[Any, ...], str] = {}
     for group in groups:
         for place, parameter in enumerate(group["params"]):
-            if type(parameter) not in (Tensor, torch.nn.Parameter) or parameter.numel() == 0:
+            plain = type(parameter) in (Tensor, torch.nn.Parameter) and parameter.requires_grad and parameter.numel()
+            if not plain or not parameter.data_ptr():
                 continue
-            memory = (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride())
-            name = name_of(group, place)
-            if parameter.requires_grad and parameter.data_ptr() and memory in known:
+            name, memory = name_of(group, place), (parameter.device, parameter.data_ptr(), parameter.numel())
+            if (other := known.setdefault(memory, name)) != name:
                 raise ValueError(
-                    f"{name} lies in the same memory as {known[memory]}, and each update would be made twice: tie them "
-                    "(model.tie_weights(), or module.weight = other.weight) before the optimizer is made"
+                    f"each update would be made twice, since {other.rstrip(',')} and {name.rstrip(',')} lie in the "
+                    "same memory: tie them (model.tie_weights(), or a.weight = b.weight), then make the optimizer"
                 )
-            known[memory] = name
 
 
 def check_options(group: dict[str, Any]) -> None:

@@ -164,9 +164,10 @@ def _spell_norm(node: fx.Node) -> None:
     power, dim = argument_of(node, 1, "p", "fro"), argument_of(node, 2, "dim", None)
     axes = dim if isinstance(dim, list | tuple) else (dim,)
     is_plain = len(axes) == 1 and type(axes[0]) is int and argument_of(node, 4, "out", None) is None
-    if power in (None, "fro", 2) and is_plain and argument_of(node, 5, "dtype", None) is None:
+    x = argument_of(node, 0, "input", None)
+    if x is not None and power in (None, "fro", 2) and is_plain and argument_of(node, 5, "dtype", None) is None:
         keepdim = argument_of(node, 3, "keepdim", False)
-        node.op, node.target, node.args = "call_function", torch.linalg.vector_norm, node.args[:1]
+        node.op, node.target, node.args = "call_function", torch.linalg.vector_norm, (x,)
         node.kwargs = {"dim": axes[0], "keepdim": keepdim}
 
 

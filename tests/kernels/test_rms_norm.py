@@ -79,12 +79,22 @@ def test_a_row_of_zeros_with_epsilon_outside_the_root(device: str) -> None:
 def test_deviation_norm(dtype: torch.dtype, has_weight: bool, device: str) -> None:
     def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         h = x.to(compute_dtype(x))
+        h = h - h.mean(-1, keepdim=True)
         h = (h / (h.std(-1, keepdim=True) + eps)).to(x.dtype)
         return h if weight is None else (weight * h).to(x.dtype)
 
     x, weight = inputs(40, 65, dtype=dtype, device=device)
-    centered = (x.detach() - x.detach().mean(-1, keepdim=True)).requires_grad_()
-    assert_op_as_accurate(deviation_norm, reference, centered, weight if has_weight else None, 1e-2)
+    assert_op_as_accurate(deviation_norm, reference, x, weight if has_weight else None, 1e-2)
+
+
+def test_deviation_of_a_row_of_one_number(device: str) -> None:
+    """Whose mean is that number but for a rounding, which is not to be taken for a deviation."""
+    x = torch.full((4, 64), 3.3, device=device).requires_grad_()
+    y = deviation_norm(x, None, 1e-6)
+    y.backward(torch.linspace(-1.0, 1.0, 64, device=device).expand(4, 64))
+    exact = torch.linspace(-1.0, 1.0, 64, device=device) / 1e-6
+    assert x.grad is not None and y.abs().max() < 1e-6
+    torch.testing.assert_close(x.grad, exact.expand(4, 64), rtol=1e-4, atol=1.0)
 
 
 def test_gradients_in_float64(device: str) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fxopt.passes.pipelines import EXACT
 from fxopt.rewrite.prove import Prover
-from tests.captured_graphs import captured
+from tests.captured_graphs import captured, run_optimized, targets
 from tests.passes.rewriting import leaf, near_misses, optimized_targets, proven
 
 IDS = torch.tensor([[3, 1, 3, 3, 0], [3, 2, 3, 5, 5]])
@@ -33,7 +33,12 @@ def test_the_module_writes_to_the_result():
         hidden *= 4.0
         return hidden
 
-    assert "embedding" in proven(function, IDS, leaf(7, 16, dtype=torch.bfloat16))[1]
+    weight = leaf(7, 16, dtype=torch.bfloat16)
+    assert "embedding" in proven(function, IDS, weight)[1]
+    graph, found = run_optimized(EXACT, function, IDS, weight)
+    assert "embedding" in targets(graph) and torch.equal(found, function(IDS, weight))
+    found.sum().backward()
+    assert weight.grad is not None and bool((weight.grad[3] == 20).all())
 
 
 @pytest.mark.parametrize("case", ["float32", "frozen"])

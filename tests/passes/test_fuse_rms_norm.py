@@ -132,6 +132,9 @@ BY_HAND = {
     "epsilon outside, the weight in float32": lambda x, w: (w * (x.float() / (root(x.float()) + 1e-5))).to(x.dtype),
     "epsilon outside, the weight first": lambda x, w: w * x / (root(x) + 1e-5),
     "epsilon outside a norm times a factor": lambda x, w: w * (x / (x.norm(2, dim=-1, keepdim=True) * 32**-0.5 + 1e-5)),
+    "epsilon outside a norm of a named input": lambda x, w: (
+        w * (x / (torch.norm(input=x, p=2, dim=-1, keepdim=True) * 32**-0.5 + 1e-5))
+    ),
     "epsilon outside a norm over a root": lambda x, w: w * (x / (torch.norm(x, dim=-1, keepdim=True) / 32**0.5 + 1e-5)),
     "without a cast": lambda x, w: x * torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + 1e-5) * w,
 }  # fmt: skip

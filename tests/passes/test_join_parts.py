@@ -109,6 +109,14 @@ def not_new(x, y):
     return out
 
 
+def under_autocast(x, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.empty_like(x)
+        out[..., :4] = x[..., :4] * 2
+        out[..., 4:] = y[..., 4:]
+    return out
+
+
 def of_no_axis(x, y):
     out = x.new_zeros(())
     out[...] = x.sum()
@@ -118,7 +126,7 @@ def of_no_axis(x, y):
 
 LEFT_ALONE = (
     not_all, overlapping, read_between, written_again, broadcast, without_gradient, a_part_that_changes, not_new,
-    of_no_axis,
+    of_no_axis, under_autocast,
 )  # fmt: skip
 
 

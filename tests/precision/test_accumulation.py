@@ -470,3 +470,54 @@ def test_the_optimizer_takes_over(llama: LlamaForCausalLM, tokens: Tensor) -> No
     del first
     gc.collect()
     model(input_ids=tokens[:1], labels=tokens[:1]).loss.backward()
+
+
+@pytest.fixture
+def twice(tokens: Tensor) -> Callable[[nn.Module], None]:
+    def run(model: nn.Module) -> None:
+        for _ in range(2):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+
+    return run
+
+
+def test_hooks_of_the_user_see_gradients_and_change_them(llama: LlamaForCausalLM, twice: Any) -> None:
+    model = fxopt.optimize(llama, "bf16")
+    twice(model)
+    model.zero_grad()
+    weight, seen = model.model.norm.weight, []
+    weight.register_hook(lambda gradient: seen.append(float(gradient.abs().sum())))
+    weight.register_hook(lambda gradient: gradient * (torch.arange(len(gradient)) < 4))
+    twice(model)
+    assert all(seen) and not weight.grad[4:].any() and weight.grad[:4].all()
+
+
+def test_what_is_written_past_autograd_counts(llama: LlamaForCausalLM, twice: Any) -> None:
+    model = fxopt.optimize(llama, "bf16")
+    twice(model)
+    exact = in_one(parameter.grad for parameter in model.parameters())
+    twice(model)
+    for parameter in model.parameters():
+        parameter.grad.data.zero_()
+    twice(model)
+    assert error(in_one(parameter.grad for parameter in model.parameters()), exact) < 2**-9
+
+
+def test_thawed_parameters_are_summed(llama: LlamaForCausalLM, twice: Any) -> None:
+    model = fxopt.optimize(llama, "bf16")
+    for parameter in model.model.layers.parameters():
+        parameter.requires_grad_(False)
+    twice(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    model.zero_grad()
+    twice(model)
+    assert all(residual_of(parameter.grad) is not None for parameter in model.parameters())
+
+
+def test_saved_gradients_are_loaded_without_fxopt(llama: LlamaForCausalLM, twice: Any, tmp_path: Path) -> None:
+    model = fxopt.optimize(llama, "bf16")
+    twice(model)
+    torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, tmp_path / "gradients.pt")
+    loaded = torch.load(tmp_path / "gradients.pt")
+    assert torch.equal(loaded["model.norm.weight"], model.model.norm.weight.grad)

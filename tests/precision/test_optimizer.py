@@ -380,7 +380,7 @@ def test_two_parameters_in_one_memory_are_refused() -> None:
     model = tiny_llama(tie_word_embeddings=True)
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    with pytest.raises(ValueError, match=r"'lm_head.weight' lies in the same memory as .*embed_tokens.*tie_weights"):
+    with pytest.raises(ValueError, match=r"embed_tokens.*'lm_head.weight' lie in the same memory.*tie_weights"):
         fxopt.optimizer(model, lr=1e-3)
     model.tie_weights()
     fxopt.optimizer(model, lr=1e-3)

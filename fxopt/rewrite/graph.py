@@ -7,6 +7,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -307,8 +308,26 @@ def fill_in_values(nodes: list[fx.Node], like: fx.Node) -> None:
             continue
         args = fx.map_arg(node.args, value_of)
         kwargs = fx.map_arg(node.kwargs, value_of)
-        with fake:
+        with fake, _autocast_at(node):
             node.meta["example_value"] = call_target(node)(*args, **kwargs)
+
+
+def _autocast_at(node: fx.Node) -> ExitStack:
+    """The autocast that a forward has switched on or off around a node; what is around the call, is around passes."""
+    stack, entered = ExitStack(), []
+    switches = node.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
+    is_on = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    if any(argument_of(switch, 2, "enabled", True) for switch in switches) or (switches and is_on):
+        for before in node.graph.nodes:
+            if before is node:
+                break
+            if before in switches:
+                entered.append(before)
+            elif before.target is torch.amp.autocast_mode._exit_autocast and before.args[0] in entered:
+                entered.remove(before.args[0])
+    for switch in entered:
+        stack.enter_context(torch.amp.autocast(*switch.args))
+    return stack
 
 
 def keep_layout(node: fx.Node, before: Any) -> fx.Node:
@@ -327,7 +346,7 @@ def keep_layout(node: fx.Node, before: Any) -> fx.Node:
         if follower.op == "output" or inner_graphs(follower) or is_mode_switch(follower) or is_mutating(follower):
             return _copied_to_layout(node, before)
         try:
-            with fake:
+            with fake, _autocast_at(follower):
                 new = call_target(follower)(
                     *fx.map_arg(follower.args, lambda n: told.get(n, value_of(n))),
                     **fx.map_arg(follower.kwargs, lambda n: told.get(n, value_of(n))),

@@ -197,6 +197,23 @@ def test_a_mask_that_depends_on_a_tensor_stays():
     assert "padding" in miss.reason
 
 
+@pytest.mark.parametrize("around", [False, True], ids=["inside", "inside and around"])
+def test_dtypes_are_those_of_an_autocast_in_the_forward(around):
+    def function(a, b):
+        with torch.autocast("cpu", torch.bfloat16):
+            c = a @ b.t()
+            d = c.float() * 1.001
+        with torch.autocast("cpu", enabled=False):
+            return c.float(), d, (a @ b.t()).float()
+
+    a, b = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        expected = function(a, b)
+        _, found = run_optimized(EXACT, function, a, b)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+
+
 def test_nothing_is_merged_across_autocast():
     linear = torch.nn.Linear(8, 8)
 

@@ -35,7 +35,7 @@ def test_inspect_and_diff(model, tmp_path, capsys):
     assert main(["diff", str(one), str(two), "--fail-if", "fusions < 3"]) == 0
     capsys.readouterr()
     assert main(["diff", str(one), str(two), "--fail-if", "fusions < 61"]) == FAILED
-    assert "failed, since fusions < 61 (A 20, B 20)" in capsys.readouterr().err
+    assert "failed, since fusions < 61 (A 21, B 20)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def sample_call(name: str, device: str) -> tuple[list[Tensor], tuple]:
     """Tensors to differentiate, and what else the op takes."""
     x = torch.randn(2, 3, 4, 8, dtype=torch.bfloat16, device=device).requires_grad_()
     if name == "rms_norm":
-        return [x, torch.nn.Parameter(torch.randn(8, device=device))], (1e-6,)
+        return [x, torch.nn.Parameter(torch.randn(8, device=device))], (1e-6, False)
     if name == "glu":
         return [x, torch.randn_like(x).requires_grad_()], ("silu",)
     cos, sin = torch.randn(2, 1, 1, 4, 8, device=device).requires_grad_().unbind()

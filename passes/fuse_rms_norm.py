@@ -147,9 +147,7 @@ class FuseOuterEpsilonFloat32WeightRMSNorm(FuseFloat32WeightRMSNorm):
         h = x.to(wide)
         return (weight * (h / (root_mean_square(h) + eps))).to(dtype)
 
-    @staticmethod
-    def rewrite(x: Any, weight: Any, eps: Any) -> Any:
-        return rms_norm(x, weight, eps, True)
+    rewrite = staticmethod(FuseOuterEpsilonRMSNorm.rewrite)
 
 
 class FuseOuterEpsilonScaledRMSNorm(FuseOuterEpsilonFloat32WeightRMSNorm):

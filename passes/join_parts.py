@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fxopt.rewrite.graph import (
+    autocast_switches,
     cast,
     dtype_of,
     fill_in_values,
@@ -38,7 +39,7 @@ Parts = dict[Any, fx.Node]  # of the last axis: a slice as (start, stop, step), 
 
 def join_parts(graph: fx.Graph) -> None:
     """Join what is written to a new tensor, wherever it covers the last axis and nobody looks before the last write."""
-    if any(getattr(node.target, "__name__", "") == "_enter_autocast" for node in graph.nodes):
+    if autocast_switches(graph):
         return
     written = storages_written(graph)
     for new in list(graph.nodes):
@@ -78,12 +79,7 @@ def _parts(new: fx.Node, writes: list[fx.Node]) -> Parts:
             return {}
         # As text, since comparing dynamic sizes would guard them. A value of another shape is broadcast.
         tensor = tensor_of(value)
-        if (
-            tensor is None
-            or tensor.device != device
-            or key in parts
-            or [*map(str, tensor.shape)] != [*map(str, wanted)]
-        ):
+        if tensor is None or tensor.device != device or [*map(str, tensor.shape)] != [*map(str, wanted)]:
             return {}
         if key in parts:
             return {}

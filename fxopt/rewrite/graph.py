@@ -312,10 +312,15 @@ def fill_in_values(nodes: list[fx.Node], like: fx.Node) -> None:
             node.meta["example_value"] = call_target(node)(*args, **kwargs)
 
 
+def autocast_switches(graph: fx.Graph) -> list[fx.Node]:
+    """Where a forward switches autocast on, or off, inside."""
+    return list(graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast))
+
+
 def _autocast_at(node: fx.Node) -> ExitStack:
     """The autocast that a forward has switched on or off around a node; what is around the call, is around passes."""
     stack, entered = ExitStack(), []
-    switches = node.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
+    switches = autocast_switches(node.graph)
     is_on = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     if any(argument_of(switch, 2, "enabled", True) for switch in switches) or (switches and is_on):
         for before in node.graph.nodes:

@@ -183,7 +183,7 @@ def rms_norm_backward(
     for block in row_blocks(x_rows):
         x_hat = x_rows[block].to(dtype, copy=True)
         root = _root_mean_square(x_hat) if eps_outside else None
-        rstd = _reciprocal_rms(x_hat, eps, eps_outside)
+        rstd = _reciprocal_rms(x_hat, eps, False) if root is None else (root + eps).reciprocal_()
         x_hat.mul_(rstd)
         d = dy_rows[block].to(dtype, copy=True)
         product = d * x_hat

@@ -36,7 +36,8 @@ from fxopt.kernels.rounding import Rounding
 
 NUMEL = 256  # elements that share a scale
 _V = moment_codes.UNSIGNED[8]
-V_STEPS, V_FIRST, V_FIRST_BITS = tl.constexpr(_V.steps), tl.constexpr(_V.first), tl.constexpr(_V.first_bits)
+V_STEPS, V_FIRST, V_SECOND = tl.constexpr(_V.steps), tl.constexpr(_V.first), tl.constexpr(_V.second)
+V_FIRST_BITS = tl.constexpr(_V.first_bits)
 M_SHIFT, M_MASK = tl.constexpr(moment_codes.SIGNED[8].shift), tl.constexpr((1 << moment_codes.SIGNED[8].shift) - 1)
 LARGEST = tl.constexpr(moment_codes.LARGEST)
 ROWS = 4  # a program updates four times as many blocks
@@ -85,10 +86,9 @@ def _quantize_second(moment, random, beta2, codes_ptr, scale_ptr, offsets, rows,
     doublings = (largest.to(tl.int32, bitcast=True) - base + ((1 << 22) + (1 << 15))) >> 23
     scale = tl.minimum(tl.maximum(base + (doublings << 23), 1 << 23), 253 << 23).to(tl.float32, bitcast=True)
     scale = tl.where(_is_finite(largest), scale, float("nan"))
-    share = moment * divide(1.0, scale) + V_FIRST
+    share = tl.maximum(moment * divide(1.0, scale) + V_FIRST, V_SECOND)
     place = (share.to(tl.int32, bitcast=True) - V_FIRST_BITS) * V_STEPS + (random & 0x7FFFFF)
-    code = place >> 23
-    code = tl.where((code == 0) & (moment > 0), 1, code)
+    code = tl.where(moment == 0, 0, place >> 23)
     tl.store(codes_ptr + offsets, code.to(tl.uint8), mask=mask)
     tl.store(scale_ptr + rows, scale, mask=mask)
 

@@ -50,8 +50,18 @@ class Unsigned:
         return 2.0 ** (self.exponent - 127)
 
     @property
+    def second(self) -> float:
+        """F(1)."""
+        return self.first * (1 + 1 / self.steps)
+
+    @property
     def first_bits(self) -> int:
         return self.exponent << FLOAT_BITS
+
+    @property
+    def origin(self) -> int:
+        """Where code 0 lies among the bits of all floats, in 2⁻²³ of a code, as a 32-bit number that wraps around."""
+        return (self.first_bits * self.steps + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 @dataclass(frozen=True)
@@ -113,28 +123,26 @@ def write_unsigned(
 ) -> None:
     """Stores second moments, none negative, in `codes` and `scale`, whose grid has decayed by `decay` since last time.
 
-    noise: (blocks, block) int32, even in [0, 2²³); None for the nearest. Keeps `values`.
+    noise: (blocks, block) int32, even in [0, 2²³) less the grid's `origin`; None for the nearest. Keeps `values`.
     """
     grid = UNSIGNED[bits]
     largest = torch.amax(values, 1)
     scale.copy_(next_scale(largest, scale, decay))
     wide, *_ = scratch.take(values.shape)
-    shares = torch.mul(values, scale.reciprocal()[:, None], out=wide).add_(_float32(grid.first))
-    places = shares.view(torch.int32).sub_(_int32(grid.first_bits))
-    if grid.steps > 1:
-        places.mul_(_int32(grid.steps))
-    places.add_(_int32(1 << (FLOAT_BITS - 1)) if noise is None else noise).bitwise_right_shift_(_int32(FLOAT_BITS))
-    codes.copy_(places)
+    torch.addcmul(_row(grid.first, values.shape[1], values.device), values, scale.reciprocal()[:, None], out=wide)
+    places = wide.clamp_(min=grid.second).view(torch.int32)
+    if noise is None:
+        noise = _int32((1 << (FLOAT_BITS - 1)) - grid.origin)
+    # In one pass, and in wrapping numbers: the place of code 0 is subtracted with the noise.
+    torch.add(noise, places, alpha=grid.steps, out=places)
+    codes.copy_(places.bitwise_right_shift_(_int32(FLOAT_BITS)))
     if codes.device.type != "cpu":
-        codes.add_((codes == 0).logical_and_(values > 0))
+        codes.mul_(values != 0)
         return
-    if bool(codes.all()):
-        return
-    # Few blocks have an element that small, and comparing costs more than all the rest.
-    rows = (codes.amin(1) == 0).logical_and_(largest > 0).nonzero().view(-1)
+    # Few blocks have zeros beside other values, and comparing all costs more. A block of zeros is right with any codes.
+    rows = (values.amin(1) == 0).logical_and_(largest > 0).nonzero().view(-1)
     if rows.numel():
-        found = codes[rows]
-        codes[rows] = found.add_((found == 0).logical_and_(values[rows] > 0))
+        codes[rows] = codes[rows].mul_(values[rows] != 0)
 
 
 def next_scale(largest: Tensor, scale: Tensor, decay: float) -> Tensor:
@@ -198,6 +206,12 @@ def power_of_two(largest: Tensor) -> Tensor:
     bits = torch.add(largest.view(torch.int32), _int32(1 << (FLOAT_BITS - 2)))
     bits.bitwise_and_(_int32(255 << FLOAT_BITS)).clamp_(1 << FLOAT_BITS, 253 << FLOAT_BITS)
     return bits.view(torch.float32).add_(_mark(largest))
+
+
+@functools.lru_cache(maxsize=16)
+def _row(value: float, numel: int, device: torch.device) -> Tensor:
+    """(numel,) float32, all `value`: a tensor () among three operands would keep PyTorch from vectorizing."""
+    return torch.full((numel,), value, device=device)
 
 
 @functools.cache

@@ -42,35 +42,36 @@ class Noise:
     def of(self, state: Any, start: int, shape: torch.Size) -> Tensor:
         """For the elements from `start` on, of `shape` (blocks, block), as `moment_codes` takes it."""
         key = noise_key(noise_key(self.seed, self.step, self.index), start, 1 if state.signed else 2)
-        device, numel = state.codes.device, shape.numel()
-        shift = moment_codes.SIGNED[_bits(state)].shift if state.signed else None
+        device, numel, bits = state.codes.device, shape.numel(), _bits(state)
         if device.type == "cpu":
             size = _FEW if numel <= _FEW // 2 else 2 * QUANTIZED_CHUNK_NUMEL
-            noise = _step_noise(self.seed, self.step, shift, size)
+            noise = _step_noise(self.seed, self.step, bits, state.signed, size)
             start = key % (noise.numel() - numel + 1)
             return noise[start : start + numel].view(shape)
         generator = torch.Generator(device).manual_seed(key)
-        dtype = torch.int32 if shift is None else torch.int16
-        return torch.randint(
-            0, 1 << (FLOAT_BITS if shift is None else shift), shape, generator=generator, dtype=dtype, device=device
-        )
+        if state.signed:
+            most = 1 << moment_codes.SIGNED[bits].shift
+            return torch.randint(0, most, shape, generator=generator, dtype=torch.int16, device=device)
+        noise = torch.randint(0, 1 << FLOAT_BITS, shape, generator=generator, dtype=torch.int32, device=device)
+        return noise.sub_(moment_codes.UNSIGNED[bits].origin)
 
 
 _FEW = 1 << 15  # a small model's steps should not wait for noise that nobody reads
 
 
 @functools.lru_cache(maxsize=4)
-def _step_noise(seed: int, step: int, shift: int | None, size: int) -> Tensor:
-    """Noise that one step shares, (size,), for second moments, or for first ones of which `shift` bits are cut.
+def _step_noise(seed: int, step: int, bits: int, signed: bool, size: int) -> Tensor:
+    """Noise that one step shares, (size,): for first moments (signed) or second ones.
 
     At least twice as many numbers as are needed at a time: each chunk reads a slice at a random place.
     """
     draws = _step_draws(seed, step, size)
-    if shift is not None:
-        return draws & ((1 << shift) - 1)
+    if signed:
+        return draws & ((1 << moment_codes.SIGNED[bits].shift) - 1)
     noise = draws.to(torch.int32).bitwise_and_((1 << 16) - 1)
     # In the middle of each 2⁷ that 16 bits cannot tell apart: right on average.
-    return noise.bitwise_left_shift_(FLOAT_BITS - 16).add_(1 << (FLOAT_BITS - 17))
+    middle = 1 << (FLOAT_BITS - 17)
+    return noise.bitwise_left_shift_(FLOAT_BITS - 16).add_(middle).sub_(moment_codes.UNSIGNED[bits].origin)
 
 
 @functools.lru_cache(maxsize=1)

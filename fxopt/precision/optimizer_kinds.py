@@ -136,7 +136,7 @@ class AdamWRule:
                 )
                 moment_ranges.write(moments[0], start, m, passing, noise=noise)
                 moment_ranges.write(moments[1], start, v, passing, noise=noise, decay=beta2)
-                storage.write(start, values)
+                storage.write(start, values, scratch=g32)
             storage.finish()
 
 

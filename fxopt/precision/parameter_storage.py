@@ -16,8 +16,8 @@ class ParameterStorage(Protocol):
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Float32 values (stop - start,): a float32 parameter's own memory; of others, in `out` or a new tensor."""
 
-    def write(self, start: int, values: Tensor) -> None:
-        """Stores float32 `values`, which are scratch afterwards."""
+    def write(self, start: int, values: Tensor, scratch: Tensor | None = None) -> None:
+        """Stores float32 `values`, which are scratch afterwards, as is `scratch`, of the same shape and dtype."""
 
     def finish(self) -> None:
         """To be called after the last write."""
@@ -72,7 +72,7 @@ class _Plain:
             values.add_(self._compensation[start:stop])
         return values
 
-    def write(self, start: int, values: Tensor) -> None:
+    def write(self, start: int, values: Tensor, scratch: Tensor | None = None) -> None:
         stop = start + values.numel()
         stored = self._flat[start:stop]
         if stored.data_ptr() == values.data_ptr():  # float32, updated where it lies
@@ -113,7 +113,7 @@ class _Int8Rows:
         values = torch.empty_like(codes, dtype=torch.float32) if out is None else out.view(codes.shape)
         return values.copy_(codes).mul_(scale.float()[:, None]).view(-1)
 
-    def write(self, start: int, values: Tensor) -> None:
+    def write(self, start: int, values: Tensor, scratch: Tensor | None = None) -> None:
         stored_codes, stored_scale = self._rows(start, start + values.numel())
         scale = divisor(stored_scale.float()[:, None])
         codes = values.view(-1, self.alignment).div_(scale)
@@ -122,12 +122,12 @@ class _Int8Rows:
         if is_gpu or not fits.all():
             codes = torch.where(fits, self._draw(codes.clone(), start, 0), codes)
         else:
-            codes = self._draw(codes, start, 0)
+            codes = self._draw(codes, start, 0, scratch)
         # A code that was drawn too large is rounded again as it was drawn: had the value been taken instead, only what
         # chance made larger would have been put right, and the row would on average be too small.
         fits &= scale_serves(codes, LARGEST_CODE)
         if is_gpu or not fits.all():
-            fresh = codes.abs().amax(1, keepdim=True) * scale / FRESH_LARGEST_CODE
+            fresh = _largest(codes) * scale / FRESH_LARGEST_CODE
             fresh = fresh.to(stored_scale.dtype).float()
             codes = torch.where(fits, codes, self._draw(codes * (scale / divisor(fresh)), start, 1))
             scale = torch.where(fits, scale, fresh)
@@ -141,7 +141,7 @@ class _Int8Rows:
         rows = slice(start // self.alignment, stop // self.alignment)
         return self._codes[rows], self._scale[rows]
 
-    def _draw(self, values: Tensor, start: int, number: int) -> Tensor:
+    def _draw(self, values: Tensor, start: int, number: int, scratch: Tensor | None = None) -> Tensor:
         """The whole number below or above each value, with the probabilities that make it right on average; in place.
 
         The noise is added to the fraction alone: there a sum is exact to 2⁻²⁴.
@@ -152,7 +152,7 @@ class _Int8Rows:
         else:
             generator = torch.Generator(values.device).manual_seed(key)
             noise = torch.rand(values.shape, generator=generator, device=values.device, dtype=torch.float32)
-        below = values.floor()
+        below = torch.floor(values, out=scratch.view(values.shape)) if scratch is not None else values.floor()
         return values.sub_(below).add_(noise).floor_().add_(below)
 
 
@@ -167,5 +167,10 @@ def divisor(scale: Tensor) -> Tensor:
 
 def scale_serves(codes: Tensor, most: int) -> Tensor:
     """Which rows of `codes` (rows, columns) their scale serves: (rows, 1)."""
-    largest = codes.abs().amax(1, keepdim=True)
+    largest = _largest(codes)
     return (largest <= most) & (largest >= 0.75 * LARGEST_CODE)
+
+
+def _largest(codes: Tensor) -> Tensor:
+    """The largest magnitude in each row (rows, 1). Not by `abs`: memory for its result costs more than a pass."""
+    return torch.maximum(codes.amax(1, keepdim=True), codes.amin(1, keepdim=True).neg_())

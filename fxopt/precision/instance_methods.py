@@ -48,10 +48,24 @@ class SavePretrained(_Method):
         state: dict[str, Any] | None = call.arguments.get("state_dict") or kwargs.get("state_dict")
         if any(is_int8(value) for value in (state or dict(self.model.named_parameters())).values()):
             kwargs["state_dict"] = plain_state_dict(state or self.model.state_dict())
-        result = original(self.model, save_directory, *args, **kwargs)
         policy = getattr(self.model, "_fxopt_policy", None)
-        if policy is not None and call.arguments.get("is_main_process", True):
+        if policy is None or not call.arguments.get("is_main_process", True):
+            return original(self.model, save_directory, *args, **kwargs)
+
+        def save_policy() -> None:
             policy.save(Path(save_directory) / POLICY_FILE)
+
+        def save_policy_and_upload(*args: Any, **kwargs: Any) -> Any:
+            save_policy()
+            return type(self.model)._upload_modified_files(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+
+        # With push_to_hub=True the folder is uploaded by a method of its own before this one returns.
+        self.model.__dict__["_upload_modified_files"] = save_policy_and_upload
+        try:
+            result = original(self.model, save_directory, *args, **kwargs)
+        finally:
+            del self.model.__dict__["_upload_modified_files"]
+        save_policy()
         return result
 
 

@@ -5,9 +5,12 @@ import json
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -106,6 +109,31 @@ def test_a_given_state_dict_is_saved(llama: LlamaForCausalLM, tmp_path: Path) ->
     assert set(load_file(tmp_path / "model.safetensors")) == set(state) - {"lm_head.weight"}
     annotate(llama, "bf16").save_pretrained(tmp_path / "b", state_dict={"model.norm.weight": torch.ones(32)})
     assert set(load_file(tmp_path / "b" / "model.safetensors")) == {"model.norm.weight"}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_pushed_has_the_policy(
+    again: bool, llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uploaded are the files of the folder that are new, before `save_pretrained` returns; or changed, if `again`."""
+    uploaded: list[str] = []
+
+    class Hub:
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, operations: list[Any], **options: Any) -> None:
+            uploaded.extend(operation.path_in_repo for operation in operations)
+
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *args, **kwargs: ModelCard(""))
+    annotate(llama, "bf16-islands")
+    if again:
+        llama.save_pretrained(tmp_path)
+    llama.save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/model")
+    assert {"fxopt_policy.json", "model.safetensors", "config.json"} <= set(uploaded)
+    assert "_upload_modified_files" not in vars(llama)
 
 
 def test_copies_save_themselves(llama: LlamaForCausalLM, tmp_path: Path) -> None:

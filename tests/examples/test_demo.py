@@ -15,9 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / script, *arguments], cwd=cwd, capture_output=True, text=True, timeout=280
-    )
+    program = script if script == "-c" else ROOT / script
+    return subprocess.run([sys.executable, program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=280)
 
 
 def test_quickstart(tmp_path: Path) -> None:
@@ -97,19 +96,44 @@ def test_step_benchmark_on_random_tokens(tiny_model: Path, tmp_path: Path) -> No
 
 def test_training_curve_is_drawn_and_not_run_twice(tiny_model: Path, tmp_path: Path) -> None:
     options = "--steps 2 --every 1 --batch-size 2 --eval-problems 2 --answers 2 --max-new-tokens 4".split()
-    options += ["--variants", "bf16-8bit", "--seeds", "0,1"]
+    options += ["--variants", "bf16-8bit", "--seeds", "0"]
     arguments = ["--model", tiny_model, *options, "--output", tmp_path / "out"]
     done = run("benchmarks/training_curve.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "mean of the seeds" in done.stdout and "What it costs" in done.stdout
     runs = json.loads((tmp_path / "out" / "curves.json").read_text())
     assert {name: [list(record["held_out_loss"]) for record in records] for name, records in runs.items()} == {
-        "bf16-8bit": [["0", "1", "2"]] * 2
+        "bf16-8bit": [["0", "1", "2"]]
     }
     assert (tmp_path / "out" / "curves.png").stat().st_size > 0
+    assert not list((tmp_path / "out").glob("*.pt"))
     written = (tmp_path / "out" / "bf16-8bit-0.json").stat().st_mtime_ns
     assert run("benchmarks/training_curve.py", *arguments, cwd=tmp_path).returncode == 0
     assert (tmp_path / "out" / "bf16-8bit-0.json").stat().st_mtime_ns == written
+
+    # One that is interrupted after a step goes on, and gives the same curve.
+    complete = json.loads((tmp_path / "out" / "bf16-8bit-0.json").read_text())
+    file = tmp_path / "again.json"
+    file.write_text(json.dumps({"settings": complete["settings"], "held_out_loss": {}}))
+    done = run("-c", INTERRUPTED_CURVE, file, cwd=ROOT)
+    assert done.stderr.endswith("interrupted\n"), done.stderr
+    assert list(json.loads(file.read_text())["held_out_loss"]) == ["0", "1"]
+    done = run("benchmarks/training_curve.py", "--worker", file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text())["held_out_loss"] == complete["held_out_loss"]
+
+
+INTERRUPTED_CURVE = """
+import sys
+from pathlib import Path
+
+from benchmarks import training_curve
+from examples import fine_tune
+
+calls, original = iter([False, False, True]), fine_tune.held_out_loss
+fine_tune.held_out_loss = lambda *args: sys.exit("interrupted") if next(calls) else original(*args)
+training_curve.train(Path(sys.argv[1]))
+"""
 
 
 @pytest.mark.parametrize(

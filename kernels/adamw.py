@@ -162,11 +162,12 @@ def workspace_bytes(numel: int, *, stochastic: bool, num_states: int = 0) -> int
 
     It goes through float32 copies of a chunk, and draws the noise of a step; quantized states, of which there are
     `num_states` for each element, through copies too, and through 8 bytes between values and codes, with noise of
-    their own.
+    their own: for two chunks, 2 bytes of draws, 2 for first moments and 4 for second ones.
     """
+    noise = NOISE_NUMEL * 6 if stochastic else 0
     if num_states:
-        return (4 * (2 + num_states) + 8) * min(numel, QUANTIZED_CHUNK_NUMEL) + NOISE_NUMEL * 9
-    return 8 * min(numel, CHUNK_NUMEL) + (NOISE_NUMEL * 6 if stochastic else 0)
+        return (4 * (2 + num_states) + 8) * min(numel, QUANTIZED_CHUNK_NUMEL) + 8 * 2 * QUANTIZED_CHUNK_NUMEL + noise
+    return 8 * min(numel, CHUNK_NUMEL) + noise
 
 
 @dataclass(frozen=True)

@@ -204,17 +204,22 @@ def _spell_sizes(node: fx.Node) -> None:
             node.args = (x, tuple(sizes))
 
 
+# An attribute is an operator in what Dynamo captures since torch 2.14, and `getattr` until 2.13.
+_TRANSPOSED: dict[Any, str] = {torch.ops.aten.numpy_T: "T", torch.ops.aten.mT: "mT"}
+
+
 def _spell_transposition(node: fx.Node) -> None:
     """`x.permute(0, 2, 1)` and `x.mT` become `x.transpose(1, 2)`; of two axes, all of these and `x.T` `x.t()`."""
     tensor = tensor_of(node.args[0]) if node.args else None
     if tensor is None or tensor.ndim < 2 or node.kwargs:
         return
     axes: list[int] = []
+    attribute = _TRANSPOSED.get(node.target, node.args[1] if node.target is getattr else None)
     if node.target is torch.transpose:
         axes = sorted(axis % tensor.ndim for axis in node.args[1:] if isinstance(axis, int))
     elif node.target == "permute" and isinstance(node.args[1], tuple | list):
         axes = [axis for axis, source in enumerate(node.args[1]) if source not in (axis, axis - tensor.ndim)]
-    elif node.target is getattr and (node.args[1] == "mT" or (node.args[1] == "T" and tensor.ndim == 2)):
+    elif attribute == "mT" or (attribute == "T" and tensor.ndim == 2):
         axes = [tensor.ndim - 2, tensor.ndim - 1]
     if len(axes) == 2 and axes[0] != axes[1]:
         swapped = (torch.t, ()) if tensor.ndim == 2 else (torch.transpose, tuple(axes))

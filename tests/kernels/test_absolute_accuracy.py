@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.kernels.clamped_swiglu import clamped_swiglu
+from fxopt.kernels.clamped_swiglu import AT_BOUNDS, clamped_swiglu
 from fxopt.kernels.embedding import embedding
 from fxopt.kernels.glu import geglu, reglu, swiglu
 from fxopt.kernels.layer_norm import layer_norm
@@ -106,7 +106,9 @@ def relu(g: Tensor) -> Unit:
 def of_clamped_swiglu(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Results, Results]:
     g, u = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     (unit, _), (slope, of_slope) = silu(g, 1.702)
-    of_gate, of_up = gate <= 7.0, (up >= -7.0) & (up <= 7.0)
+    of_gate, of_up = gate < 7.0, up.abs() < 7.0
+    if AT_BOUNDS:  # as PyTorch's clamp has them, which differs from release to release
+        of_gate, of_up = gate <= 7.0, up.abs() <= 7.0
     results = {"y": (u + 1) * unit, "gate": dy * (u + 1) * slope * of_gate, "up": dy * unit * of_up}
     terms = {
         "y": (u.abs() + 1) * unit.abs(),

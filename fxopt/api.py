@@ -133,11 +133,17 @@ def inspect(
         on_progress: called before each step with what it is, its number, and how many there are; anew for each graph.
 
     Raises:
-        ValueError: an optimized model that has not run yet, a sequence that is too long, or no such model
-            (`UnknownModelError`).
+        ValueError: an optimized model that has not run yet, or options for one; a sequence that is too long; no such
+            model (`UnknownModelError`).
         PolicyError: the policy is unknown, or does not fit.
     """
     if isinstance(model, nn.Module) and (forward := find_entry(model)) is not None:
+        asked = (policy, batch_size, sequence_length, training, checkpointing, pipeline)
+        if asked != (None, 1, None, True, False, None):
+            raise ValueError(
+                "an optimized model is inspected in the calls that it ran, under its own policy and pipeline: leave "
+                "the options out, or inspect the configuration instead, fxopt.inspect(model.config, …)"
+            )
         return inspect_optimized(forward, prove, on_progress)
     return inspect_model(
         model,

@@ -77,6 +77,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.backend not in get_args(Backend):
             raise ValueError(f"unknown backend {self.backend!r}; known: {', '.join(get_args(Backend))}")
+        if self.pipeline is not None and not isinstance(self.pipeline, Pipeline):
+            raise TypeError(
+                f"pipeline is a fxopt.rewrite.pipeline.Pipeline or None, got {type(self.pipeline).__name__}: for more "
+                "rules or fewer passes take fxopt.passes.pipelines.EXACT.with_rules(…) or EXACT.without(…)"
+            )
 
 
 @dataclass(frozen=True)

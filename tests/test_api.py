@@ -1,8 +1,12 @@
+import copy
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 import fxopt
+from fxopt.passes.pipelines import EXACT
+from fxopt.rewrite.pipeline import Pipeline, simple_pass
 from tests.tiny_models import tiny_batch, tiny_llama
 
 
@@ -14,6 +18,37 @@ def test_an_unknown_policy_names_the_nearest():
 def test_an_unknown_backend_names_the_known():
     with pytest.raises(ValueError, match="eager, inductor"):
         fxopt.optimize(tiny_llama(), "bf16", backend="inducktor")
+
+
+def test_what_is_no_pipeline_is_refused_before_anything_changes():
+    model = tiny_llama()
+    with pytest.raises(TypeError, match=r"got tuple: .*EXACT\.with_rules"):
+        fxopt.optimize(model, "bf16", pipeline=EXACT.passes)
+    assert "forward" not in model.__dict__ and model.dtype == torch.float32
+    with pytest.raises(TypeError, match="simple_pass"):
+        Pipeline((*EXACT.passes, lambda graph: None))
+
+
+def move_a_node_before_what_it_reads(graph):
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    calls[5].prepend(calls[-2])
+
+
+def raise_an_error(graph):
+    raise KeyError("hidden")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(move_a_node_before_what_it_reads, "left a broken graph: RuntimeError: Argument"), (raise_an_error, "'hidden'")],
+)
+def test_a_pass_that_fails_is_named(change, reason):
+    first, *rest = EXACT.passes
+    model = fxopt.optimize(tiny_llama(), "fp32", pipeline=Pipeline((first, simple_pass("mine", change), *rest)))
+    loss = model(**tiny_batch()).loss
+    assert torch.equal(loss, fxopt.restore(copy.deepcopy(model))(**tiny_batch(), use_cache=False).loss)
+    (fallback,) = fxopt.report(model).fallbacks
+    assert "the pass 'mine'" in fallback and reason in fallback
 
 
 def test_a_model_on_meta_says_what_to_do():
@@ -68,6 +103,9 @@ def test_inspect_shows_what_changed(tmp_path):
         assert diff.save(tmp_path / f"diff{ending}").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"\.html"):
         diff.save(tmp_path / "diff.pdf")
+    for option in ({"policy": "no-such-policy"}, {"batch_size": -5}, {"training": False}, {"pipeline": EXACT}):
+        with pytest.raises(ValueError, match="in the calls that it ran"):
+            fxopt.inspect(model, **option)
 
 
 def test_verify_refuses_a_batch_that_is_not_optimized():

@@ -12,6 +12,7 @@ from functools import partial
 
 from torch import fx
 
+from fxopt.error_lines import in_a_line
 from fxopt.rewrite.graph import graph_modules, link_inner_graphs, module_path, named_graph_modules, source_line
 from fxopt.rewrite.match import NearMiss, Rule, find_matches
 from fxopt.rewrite.prove import Proof, Prover
@@ -150,6 +151,10 @@ def _between(inputs: Iterable[fx.Node], results: Iterable[fx.Node]) -> tuple[str
     return tuple(node.name for node in sorted(found))
 
 
+class PassError(RuntimeError):
+    """A pass raised, or left a graph that is none. Its message names the pass."""
+
+
 @dataclass(frozen=True)
 class PassRecord:
     """What one pass did to one captured graph, its sub-graphs included."""
@@ -170,15 +175,25 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
+    def __post_init__(self) -> None:
+        for step in self.passes:
+            if not isinstance(step, Pass):
+                raise TypeError(
+                    f"a pipeline is made of passes, got {step!r}: make one by fxopt.rewrite.pipeline.simple_pass(name, "
+                    "change), or of rules by rules_pass(name, rule, …)"
+                )
+
     def run(self, module: fx.GraphModule, prover: Prover | None, observe: Observer | None = None) -> list[PassRecord]:
-        """Run every pass over `module` and the graphs inside it, in place. `observe` sees `module` after each pass."""
+        """Run every pass over `module` and the graphs inside it, in place. `observe` sees `module` after each pass.
+
+        Raises PassError for a pass that raises or breaks a graph.
+        """
         records = []
         for step in self.passes:
             records.append(self._run_pass(step, module, prover))
             if observe is not None:
                 observe(step.name, module)
         for inner in graph_modules(module):
-            inner.graph.lint()
             inner.recompile()
         return records
 
@@ -201,7 +216,14 @@ class Pipeline:
         outcome = Outcome()
         link_inner_graphs(module)
         for path, inner in named_graph_modules(module):
-            outcome.extend(step.run(inner.graph, prover).inside(path))
+            try:
+                outcome.extend(step.run(inner.graph, prover).inside(path))
+            except Exception as error:
+                raise PassError(f"the pass {step.name!r} failed: {in_a_line(error, with_place=True)}") from error
+            try:
+                inner.graph.lint()
+            except Exception as error:
+                raise PassError(f"the pass {step.name!r} left a broken graph: {in_a_line(error)}") from error
         elapsed_ms = 1e3 * (time.perf_counter() - start)
         return PassRecord(step.name, elapsed_ms, before, _num_nodes(module), outcome)
 

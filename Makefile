@@ -35,10 +35,11 @@ demo: $(VENV)/.demo ## fine-tune SmolLM2-135M plain, mixed and with fxopt; print
 test: $(VENV)/.dev ## run the whole test suite on the CPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-lint: $(VENV)/.dev ## ruff and mypy, changing nothing
+lint: $(VENV)/.dev ## ruff, mypy and deptry, changing nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/deptry fxopt kernels passes
 
 fix: $(VENV)/.dev ## ruff, repairing what it can
 	@$(BIN)/ruff check --fix .

@@ -99,8 +99,11 @@ class Monitor:
         return found
 
     def plot(self, path: str | Path) -> None:
-        """Draws the lost share and the update-to-weight ratio over the steps. Needs matplotlib."""
-        from matplotlib.figure import Figure
+        """Draws the lost share and the update-to-weight ratio over the steps. ImportError without matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("the monitor is drawn with matplotlib: pip install matplotlib") from error
 
         figure = Figure(figsize=(8, 6), layout="constrained")
         lost, ratio = figure.subplots(2, 1, sharex=True)

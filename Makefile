@@ -60,7 +60,7 @@ coverage-matrix: ## the same, with the oldest torch and transformers that fxopt 
 	$(MAKE) coverage || status=1; \
 	$(MAKE) coverage VENV=.venv-oldest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 \
 	  COVERAGE_OPTIONS="--save runs/coverage-oldest.json --against runs/coverage.json" || status=1; \
-	$(MAKE) coverage VENV=.venv-newest TORCH="torch<2.15" \
+	$(MAKE) coverage VENV=.venv-newest TORCH="torch<2.16" \
 	  COVERAGE_OPTIONS="--save runs/coverage-newest.json --against runs/coverage.json" || status=1; \
 	exit $$status
 

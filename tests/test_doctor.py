@@ -18,6 +18,7 @@ from fxopt.diagnosis.doctor import hub_check
 from fxopt.diagnosis.processes import NOT_TRIED, try_all
 from fxopt.diagnosis.versions import interpreter, version_checks, with_imports
 from fxopt.error_lines import in_a_line
+from fxopt.rewrite.pipeline import Pass, Pipeline
 
 # Stands for `fxopt.diagnosis.trials`: the same protocol, and for each trial what the test says.
 FAKE = """
@@ -84,7 +85,7 @@ def test_markers_and_extras_are_heeded():
 def test_the_ranges_are_those_that_fxopt_declares():
     checks = {check.name: check for check in version_checks()}
     assert {"python", "fxopt", "torch", "transformers", "torchao", "datasets", "networkx", "accelerate"} <= set(checks)
-    assert checks["torch"].found.startswith(f"{metadata.version('torch')} (") and "<2.15" in checks["torch"].found
+    assert checks["torch"].found.startswith(f"{metadata.version('torch')} (") and "<2.16" in checks["torch"].found
 
 
 def test_a_missing_optional_package_is_not_needed(monkeypatch):
@@ -166,8 +167,9 @@ def test_a_step_that_changes_nothing_or_is_not_optimized_does_not_pass(monkeypat
     with pytest.raises(RuntimeError, match="12 of 12 parameters did not change"):
         trials.training_step("fp32", cpu)
     monkeypatch.setattr(trials, "LEARNING_RATE", 1e-2)
-    monkeypatch.setattr(api, "optimize", lambda model, policy, backend: optimize(model, policy, pipeline=object()))
-    with pytest.raises(trials.NotOptimizedError, match="training runs the original forward: AttributeError"):
+    broken = Pipeline((Pass("broken", None),))
+    monkeypatch.setattr(api, "optimize", lambda model, policy, backend: optimize(model, policy, pipeline=broken))
+    with pytest.raises(trials.NotOptimizedError, match="runs the original forward: PassError: the pass 'broken'"):
         trials.training_step("fp32", cpu)
 
 

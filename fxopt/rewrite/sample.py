@@ -142,7 +142,7 @@ class Sampler:
                 matters = gradients.get(f"gradient of {name}", torch.ones_like(value)) != 0.0
                 places = matters.flatten().nonzero() if matters.any() else torch.arange(value.numel())
                 place = int(torch.randint(0, len(places), (), generator=generator))
-                value.view(-1)[places[place]] = number
+                value.view(-1)[places[place]] = value.new_tensor(number)  # in float16, torch 2.15 refuses 1e30 itself
         return inputs
 
     def _examples(self) -> dict[str, list[Example]]:

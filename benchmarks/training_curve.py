@@ -153,6 +153,7 @@ def train(file: Path) -> None:
         return torch.autocast(device.type, torch.bfloat16) if is_cast else contextlib.nullcontext()
 
     checkpoint = file.with_suffix(".pt")
+    before: list[float] = []  # seconds of the steps before an interruption, and since, without those that warm up
     seconds: list[float] = []
     first = 1
 
@@ -160,14 +161,19 @@ def train(file: Path) -> None:
         record["held_out_loss"][str(step)] = held_out_loss(model, held_out, autocast)
         write_text(file, json.dumps(record, indent=2))
         if step:
-            state = {"step": step, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "step": step,
+                "seconds": before + seconds[min(3, len(seconds) - 1) :],
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             write(checkpoint, lambda place: torch.save(state, place))
 
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=False)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first, seconds = state["step"] + 1, state["seconds"]
+        first, before = state["step"] + 1, state["seconds"]
         del state
     else:
         evaluate(0)
@@ -196,14 +202,16 @@ def train(file: Path) -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if step % settings.every == 0 or step == settings.steps:
                 evaluate(step)
-    record["peak_memory_bytes"] = memory.peak_bytes - idle_bytes
-    record["seconds_per_step"] = statistics.median(seconds[min(3, len(seconds) - 1) :])
+    if seconds:
+        record["peak_memory_bytes"] = max(memory.peak_bytes - idle_bytes, record.get("peak_memory_bytes", 0))
+        record["seconds_per_step"] = statistics.median(before + seconds[min(3, len(seconds) - 1) :])
+        write_text(file, json.dumps(record, indent=2))
     asked = test_set[: settings.answers]
     record["exact_matches"] = exact_matches(
         model, tokenizer, asked, autocast, label, 2 * size, settings.max_new_tokens, chat=False
     )
     write_text(file, json.dumps(record, indent=2))
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
 
 
 def losses_table(runs: dict[str, list[Record]]) -> Table:

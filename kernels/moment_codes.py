@@ -123,7 +123,7 @@ def write_unsigned(
 ) -> None:
     """Stores second moments, none negative, in `codes` and `scale`, whose grid has decayed by `decay` since last time.
 
-    noise: (blocks, block) int32, even in [0, 2²³) less the grid's `origin`; None for the nearest. Keeps `values`.
+    noise: (blocks, block) int32: even in [0, 2²³), minus the grid's `origin`; None for the nearest. Keeps `values`.
     """
     grid = UNSIGNED[bits]
     largest = torch.amax(values, 1)
@@ -133,13 +133,15 @@ def write_unsigned(
     places = wide.clamp_(min=grid.second).view(torch.int32)
     if noise is None:
         noise = _int32((1 << (FLOAT_BITS - 1)) - grid.origin)
-    # In one pass, and in wrapping numbers: the place of code 0 is subtracted with the noise.
+    # In one pass: the place of code 0 is subtracted with the noise. int32 wraps around on the way, the sum does not.
     torch.add(noise, places, alpha=grid.steps, out=places)
     codes.copy_(places.bitwise_right_shift_(_int32(FLOAT_BITS)))
     if codes.device.type != "cpu":
         codes.mul_(values != 0)
         return
-    # Few blocks have zeros beside other values, and comparing all costs more. A block of zeros is right with any codes.
+    if not bool(largest.all()):
+        codes.mul_((largest != 0)[:, None])
+    # Few blocks have zeros beside other values, and comparing all of them costs more.
     rows = (values.amin(1) == 0).logical_and_(largest > 0).nonzero().view(-1)
     if rows.numel():
         codes[rows] = codes[rows].mul_(values[rows] != 0)
@@ -211,7 +213,7 @@ def power_of_two(largest: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _row(value: float, numel: int, device: torch.device) -> Tensor:
     """(numel,) float32, all `value`: a tensor () among three operands would keep PyTorch from vectorizing."""
-    return torch.full((numel,), value, device=device)
+    return torch.full((numel,), value, dtype=torch.float32, device=device)
 
 
 @functools.cache

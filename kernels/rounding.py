@@ -15,7 +15,7 @@ Bytes moved: 6 per element (value 4, param 2), and 4 for a compensation.
 The noise is a pure function of its key: training resumed from a checkpoint continues bit by bit.
 """
 
-import functools
+from collections.abc import Callable, Hashable
 from typing import Literal
 
 import torch
@@ -48,22 +48,48 @@ def noise_key(seed: int, step: int, index: int) -> int:
     return key >> 2
 
 
-@functools.lru_cache(maxsize=2)
+class OfOneStep:
+    """Noise that one step's calls share: megabytes, which are let go before another step's are drawn."""
+
+    def __init__(self) -> None:
+        self._step: tuple[int, int] | None = None
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(self, seed: int, step: int, key: Hashable, draw: Callable[[], Tensor]) -> Tensor:
+        """What `draw` has made for this seed, step and key."""
+        if (seed, step) != self._step:
+            self._step, self._kept = (seed, step), {}
+        kept = self._kept  # another thread may come with another step
+        if key not in kept:
+            kept[key] = draw()
+        return kept[key]
+
+
+_NOISE, _UNIFORM = OfOneStep(), OfOneStep()
+
+
 def step_noise(seed: int, step: int, device: torch.device) -> Tensor:
     """The noise that one step shares: (NOISE_NUMEL,) int32, even in [0, 2¹⁶). Not to be written to.
 
     Four numbers from each 64-bit draw of the CPU's generator. Kept for the step's other calls.
     """
-    generator = torch.Generator().manual_seed(noise_key(seed, step, 0))
-    draws = torch.empty(NOISE_NUMEL // 4, dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
-    return draws.view(torch.int16).to(torch.int32).bitwise_and_((1 << 16) - 1).to(device)
+
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(noise_key(seed, step, 0))
+        draws = torch.empty(NOISE_NUMEL // 4, dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+        return draws.view(torch.int16).to(torch.int32).bitwise_and_((1 << 16) - 1).to(device)
+
+    return _NOISE.get(seed, step, device, draw)
 
 
-@functools.lru_cache(maxsize=2)
 def step_uniform(seed: int, step: int) -> Tensor:
     """Noise that one step shares, in [0, 1): (NOISE_NUMEL,) float32 on the CPU. Not to be written to."""
-    generator = torch.Generator().manual_seed(noise_key(seed, step, 1))
-    return torch.rand(NOISE_NUMEL, generator=generator, dtype=torch.float32)
+
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(noise_key(seed, step, 1))
+        return torch.rand(NOISE_NUMEL, generator=generator, dtype=torch.float32)
+
+    return _UNIFORM.get(seed, step, None, draw)
 
 
 def noise_slice(noise: Tensor, numel: int, key: int) -> Tensor:

@@ -290,9 +290,9 @@ class _Planner:
 def _update_workspace(gradients: int, policy: Policy) -> int:
     """What the optimizer's step takes beside so many bytes of gradients."""
     precision = policy.default
-    if precision.storage == torch.float32:
-        return 0
     num_states = 0 if precision.optimizer_state == "float32" else 2
+    if precision.storage == torch.float32 and not num_states:
+        return 0
     numel = gradients // precision.gradient.itemsize
     return workspace_bytes(numel, stochastic=precision.rounding == "stochastic", num_states=num_states)
 

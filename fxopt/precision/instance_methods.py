@@ -52,20 +52,17 @@ class SavePretrained(_Method):
         if policy is None or not call.arguments.get("is_main_process", True):
             return original(self.model, save_directory, *args, **kwargs)
 
-        def save_policy() -> None:
-            policy.save(Path(save_directory) / POLICY_FILE)
+        def save_policy_and_upload(folder: Any, *args: Any, **kwargs: Any) -> Any:
+            policy.save(Path(folder) / POLICY_FILE)
+            return type(self.model)._upload_modified_files(self.model, folder, *args, **kwargs)  # type: ignore[attr-defined]
 
-        def save_policy_and_upload(*args: Any, **kwargs: Any) -> Any:
-            save_policy()
-            return type(self.model)._upload_modified_files(self.model, *args, **kwargs)  # type: ignore[attr-defined]
-
-        # With push_to_hub=True the folder is uploaded by a method of its own before this one returns.
+        # With push_to_hub=True the folder, or one in it, is uploaded by a method of its own before this one returns.
         self.model.__dict__["_upload_modified_files"] = save_policy_and_upload
         try:
             result = original(self.model, save_directory, *args, **kwargs)
         finally:
-            del self.model.__dict__["_upload_modified_files"]
-        save_policy()
+            self.model.__dict__.pop("_upload_modified_files", None)
+        policy.save(Path(save_directory) / POLICY_FILE)
         return result
 
 

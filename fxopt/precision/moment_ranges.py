@@ -4,7 +4,6 @@ A block of elements (256 in 8 bits, 128 in 4) shares one float32 scale. Codes: `
 tensors are: `fxopt.precision.quantized_moment`, which is not imported here, nor torchao with it.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from fxopt.kernels import moment_codes
 from fxopt.kernels.adamw import QUANTIZED_CHUNK_NUMEL
 from fxopt.kernels.adamw_8bit import QuantizedMoment
 from fxopt.kernels.moment_codes import FLOAT_BITS, Scratch
-from fxopt.kernels.rounding import noise_key
+from fxopt.kernels.rounding import OfOneStep, noise_key
 from fxopt.precision.policy import OptimizerState
 
 
@@ -59,26 +58,30 @@ class Noise:
 _FEW = 1 << 15  # a small model's steps should not wait for noise that nobody reads
 
 
-@functools.lru_cache(maxsize=4)
+_NOISE = OfOneStep()
+
+
 def _step_noise(seed: int, step: int, bits: int, signed: bool, size: int) -> Tensor:
-    """Noise that one step shares, (size,): for first moments (signed) or second ones.
+    """Noise that one step shares, (size,): for first moments (signed) or second ones. Not to be written to.
 
     At least twice as many numbers as are needed at a time: each chunk reads a slice at a random place.
     """
-    draws = _step_draws(seed, step, size)
-    if signed:
-        return draws & ((1 << moment_codes.SIGNED[bits].shift) - 1)
-    noise = draws.to(torch.int32).bitwise_and_((1 << 16) - 1)
-    # In the middle of each 2⁷ that 16 bits cannot tell apart: right on average.
-    middle = 1 << (FLOAT_BITS - 17)
-    return noise.bitwise_left_shift_(FLOAT_BITS - 16).add_(middle).sub_(moment_codes.UNSIGNED[bits].origin)
 
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(noise_key(seed, step, 2))
+        return torch.empty(size // 4, dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
 
-@functools.lru_cache(maxsize=1)
-def _step_draws(seed: int, step: int, size: int) -> Tensor:
-    """(size,) int16, any bits: first and second moments read them at other places. Not to be written to."""
-    generator = torch.Generator().manual_seed(noise_key(seed, step, 2))
-    return torch.empty(size // 4, dtype=torch.int64).random_(-(1 << 63), None, generator=generator).view(torch.int16)
+    def noise() -> Tensor:
+        # 16 bits for each: first and second moments read them at other places.
+        draws = _NOISE.get(seed, step, size, draw).view(torch.int16)
+        if signed:
+            return draws & ((1 << moment_codes.SIGNED[bits].shift) - 1)
+        wide = draws.to(torch.int32).bitwise_and_((1 << 16) - 1)
+        # In the middle of each 2⁷ that 16 bits cannot tell apart: right on average.
+        middle = 1 << (FLOAT_BITS - 17)
+        return wide.bitwise_left_shift_(FLOAT_BITS - 16).add_(middle).sub_(moment_codes.UNSIGNED[bits].origin)
+
+    return _NOISE.get(seed, step, (size, bits, signed), noise)
 
 
 def read(state: Any, start: int, stop: int, out: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:

@@ -107,7 +107,7 @@ class AdamWRule:
     def _update_in_chunks(self, items: Sequence[Item], group: Group) -> None:
         scratch = {device: _Scratch(device) for device in {item.gradient.device for item in items}}
         beta2 = float(group["betas"][1])
-        for item in items:
+        for item in sorted(items, key=lambda item: int(item.state["step"])):  # whose noise is kept for one step
             storage, moments = item.storage(group), [local(item.state[name]) for name in self.signed]
             noise = moment_ranges.Noise(group["seed"], int(item.state["step"]), item.index)
             gradient = item.gradient.reshape(-1)

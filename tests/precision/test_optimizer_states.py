@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from fxopt.kernels import moment_codes
 from fxopt.precision.moment_ranges import Noise, is_quantized, read, write
 from fxopt.precision.optimizer import Optimizer
 from fxopt.precision.optimizer_states import MIN_NUMEL, convert, quantized_zeros
@@ -73,14 +74,16 @@ def test_ranges_are_parts_of_the_whole(form: Any, kind: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["8bit", "4bit"])
-def test_the_default_dtype_does_not_matter(form: Any) -> None:
+@pytest.mark.parametrize("default", [torch.float16, torch.float64])
+def test_the_default_dtype_does_not_matter(default: torch.dtype, form: Any) -> None:
     def trained() -> list[nn.Parameter]:
-        params = parameters()
+        moment_codes._row.cache_clear()
+        params = parameters(torch.float32)
         train(params, Optimizer(params, optimizer_state=form), range(2))
         return params
 
     expected = trained()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(default)
     try:
         found = trained()
     finally:

@@ -106,11 +106,12 @@ def test_what_decays_alone_has_no_noise() -> None:
     assert float((shares - 1).abs().quantile(0.99)) < 1e-3
 
 
-def test_zero_stays_zero_and_nothing_else_becomes_it() -> None:
+@pytest.mark.parametrize("form", ["8bit", "4bit"])
+def test_zero_stays_zero_and_nothing_else_becomes_it(form: Any) -> None:
     """Rows of an embedding that are never hit, and elements far smaller than the largest of their block."""
     values = torch.rand(4096, generator=torch.Generator().manual_seed(0))
     values[:512], values[600:700], values[1000:1100] = 0.0, 0.0, 1e-30
-    state: Any = quantized_zeros(values, "8bit", signed=False)
+    state: Any = quantized_zeros(values, form, signed=False)
     for step in range(50):
         write(state, 0, values.clone(), noise=Noise(0, step, 0), decay=BETA2)
         assert torch.equal(state.dequantize() == 0, values == 0)

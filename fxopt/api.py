@@ -119,7 +119,7 @@ def inspect(
     """The graphs of a model before the passes, after each and after all, as data that can be printed and saved.
 
     Found on fake tensors: no weights are read, nothing is trained, and 70 billion parameters take less than a gigabyte.
-    An optimized model that has run shows the calls that it ran; policy, pipeline and sizes are its own: here refused.
+    An optimized model that has run shows the calls that it ran. It has its own options; others are refused.
 
     Args:
         model: a model, optimized or not; a configuration; or the name of one: a model on the Hub, a well-known model

@@ -90,10 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
     def run(variant: str, seed: int) -> Record:
         settings = Settings(**chosen | {"variant": variant, "seed": seed, "model": model})
         file = output / f"{variant}-{seed}.json"
-        if not _is_complete(file, settings):
-            if not _can_go_on(file, settings):
-                file.with_suffix(".pt").unlink(missing_ok=True)
-                write_text(file, json.dumps({"settings": dataclasses.asdict(settings), "held_out_loss": {}}))
+        known = _record_of(file, settings)
+        if known is None:
+            file.with_suffix(".pt").unlink(missing_ok=True)
+            write_text(file, json.dumps({"settings": dataclasses.asdict(settings), "held_out_loss": {}}))
+        if known is None or "exact_matches" not in known:
             run_afresh(f"{variant}, seed {seed}", __file__, "--worker", str(file))
         record: Record = json.loads(file.read_text())
         return record
@@ -157,13 +158,16 @@ def train(file: Path) -> None:
     seconds: list[float] = []
     first = 1
 
+    def settled() -> list[float]:
+        return before + seconds[min(3, len(seconds) - 1) :]
+
     def evaluate(step: int) -> None:
         record["held_out_loss"][str(step)] = held_out_loss(model, held_out, autocast)
         write_text(file, json.dumps(record, indent=2))
         if step:
             state = {
                 "step": step,
-                "seconds": before + seconds[min(3, len(seconds) - 1) :],
+                "seconds": settled(),
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
@@ -203,8 +207,8 @@ def train(file: Path) -> None:
             if step % settings.every == 0 or step == settings.steps:
                 evaluate(step)
     if seconds:
-        record["peak_memory_bytes"] = max(memory.peak_bytes - idle_bytes, record.get("peak_memory_bytes", 0))
-        record["seconds_per_step"] = statistics.median(before + seconds[min(3, len(seconds) - 1) :])
+        record["peak_memory_bytes"] = memory.peak_bytes - idle_bytes
+        record["seconds_per_step"] = statistics.median(settled())
         write_text(file, json.dumps(record, indent=2))
     asked = test_set[: settings.answers]
     record["exact_matches"] = exact_matches(
@@ -339,17 +343,13 @@ def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
             group["lr"] = learning_rate
 
 
-def _is_complete(file: Path, settings: Settings) -> bool:
-    return _can_go_on(file, settings) and "exact_matches" in json.loads(file.read_text())
-
-
-def _can_go_on(file: Path, settings: Settings) -> bool:
-    """Whether `file` is of a run with these settings, complete or not."""
+def _record_of(file: Path, settings: Settings) -> Record | None:
+    """What `file` holds of a run with these settings, complete or not; None where it holds none."""
     try:
-        record = json.loads(file.read_text())
+        record: Record = json.loads(file.read_text())
     except (OSError, ValueError):
-        return False
-    return bool(record["settings"] == dataclasses.asdict(settings))
+        return None
+    return record if record["settings"] == dataclasses.asdict(settings) else None
 
 
 def _seeds(text: str) -> list[int]:

@@ -78,7 +78,7 @@ def test_ranges_are_parts_of_the_whole(form: Any, kind: Any) -> None:
 def test_the_default_dtype_does_not_matter(default: torch.dtype, form: Any) -> None:
     def trained() -> list[nn.Parameter]:
         moment_codes._row.cache_clear()
-        params = parameters(torch.float32)
+        params = [*parameters(), *parameters(torch.float32)]
         train(params, Optimizer(params, optimizer_state=form), range(2))
         return params
 
